@@ -1,0 +1,198 @@
+"""One validated call: whose tensors, which pairs, against what target, with how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked, plan, validation
+from .autograd import DraftTensors
+from .chunked import Work
+from .pairs import Pairs
+from .rowwise import row_ops
+from .target import Target
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class Call:
+    """`tensors` are the draft's sources, then weight and bias of a linear draft; `shape` is the draft's, per token."""
+
+    tensors: tuple[Tensor, ...]
+    draft: DraftTensors
+    shape: tuple[int, ...]
+    target: Target
+    pairs: Pairs
+    impl: str
+    draft_temperature: float
+    budget: int | None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(x.shape[:-1].numel() for x in self.tensors[: self.draft.num_sources])
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+
+    @property
+    def needs_weight_gradient(self) -> bool:
+        return torch.is_grad_enabled() and self.draft.linear and self.tensors[self.draft.num_sources].requires_grad
+
+    def work(self, *, in_one_pass: bool, wants_target_argmax: bool = False) -> Work:
+        """The request cut into chunks."""
+        draft, target, pairs = self.draft.build(self.tensors), self.target, self.pairs
+        num_pairs = self.num_rows if pairs.num_pairs is None else pairs.num_pairs
+        by_vocabulary = not in_one_pass and plan.walks_by_vocabulary(
+            draft.vocab_size, num_pairs, self.needs_weight_gradient
+        )
+        chunking = plan.by_rows(
+            chunked.tile_costs(draft, target, pairs),
+            draft.vocab_size,
+            num_pairs,
+            pairs.num_targets(self.num_rows),
+            self.device,
+            self.budget,
+            accumulates_weight=self.needs_weight_gradient and not by_vocabulary,
+        )
+        return Work(
+            target=target,
+            layout=pairs.layout(self.num_rows, self.draft.num_sources, chunking.max_pairs, chunking.max_targets),
+            ops=row_ops(self.impl, self.device),
+            draft_scale=1.0 / self.draft_temperature,
+            target_scale=1.0 / target.temperature,
+            budget=self.budget,
+            wants_target_argmax=wants_target_argmax,
+        )
+
+
+def linear(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    logits_dtype: str | torch.dtype,
+    **options: Any,
+) -> Call:
+    """A call whose draft is hidden states and an `lm_head`."""
+    validation.tensor("draft_lm_head_weight", weight, ndim=2, dtypes=validation.FLOATS)
+    sources, shape = _sources("draft_hidden", hidden)
+    device = sources[0].device
+    validation.same_device(device, draft_lm_head_weight=weight, bias=bias)
+    if sources[0].shape[-1] != weight.shape[1]:
+        validation.fail(
+            f"draft_hidden with last dimension {weight.shape[1]}, the hidden size of draft_lm_head_weight",
+            sources[0],
+            "Check that hidden states and head belong to one model; weights are [V_draft, H].",
+        )
+    tensors = [*sources, weight]
+    if bias is not None:
+        validation.tensor("bias", bias, dtypes=validation.FLOATS)
+        validation.shape("bias", bias, (weight.shape[0],), "one per row of draft_lm_head_weight")
+        tensors.append(bias)
+    if torch.is_autocast_enabled(device.type):  # as torch.nn.functional.linear
+        dtype = torch.get_autocast_dtype(device.type)
+        tensors = [x.to(dtype) if x.dtype != torch.float64 else x for x in tensors]
+    for name, x in (("draft_lm_head_weight", tensors[len(sources)]), ("bias", tensors[-1])):
+        if x.dtype != tensors[0].dtype:
+            validation.fail(
+                f"{name} of draft_hidden's dtype, {str(tensors[0].dtype).removeprefix('torch.')}",
+                x,
+                "Convert one of them, or run under torch.autocast.",
+                TypeError,
+            )
+    if logits_dtype not in ("compute", torch.float32):
+        validation.fail('logits_dtype to be "compute" or torch.float32', logits_dtype, "Choose one of these.")
+    wide = torch.float32 if logits_dtype == torch.float32 else None
+    return _call(tuple(tensors), DraftTensors(len(sources), True, wide), shape, weight.shape[0], target, **options)
+
+
+def from_logits(logits: Tensor | Sequence[Tensor], target: Target, **options: Any) -> Call:
+    """A call whose draft is logits in hand."""
+    sources, shape = _sources("draft_logits", logits)
+    return _call(sources, DraftTensors(len(sources), False), shape, sources[0].shape[-1], target, **options)
+
+
+def _call(
+    tensors: tuple[Tensor, ...],
+    draft: DraftTensors,
+    shape: tuple[int, ...],
+    vocab_size: int,
+    target: Target,
+    *,
+    mask: Tensor | None,
+    target_rows: Tensor | None,
+    positions: Tensor | None = None,
+    num_positions: int | None = None,
+    pairs: Pairs | None,
+    skip_masked: bool,
+    draft_temperature: float,
+    impl: str,
+    workspace_mb: float | str,
+) -> Call:
+    validation.choice("impl", impl, IMPLS)
+    validation.number("draft_temperature", draft_temperature, above=0)
+    device = tensors[0].device
+    if not isinstance(target, Target):
+        validation.fail(
+            "target to be a fused_lk.Target", target, "Build one: Target.from_hidden, from_logits, ...", TypeError
+        )
+    if target.draft_vocab_size != vocab_size:
+        validation.fail(
+            f"a target on {vocab_size} draft tokens, as the draft has",
+            f"a target on {target.draft_vocab_size}",
+            "Give the target the DraftVocab of this draft head; trim padded rows of the head.",
+        )
+    if target.device != device:
+        validation.fail(f"a target on {device}, where the draft is", f"one on {target.device}", "Move one of them.")
+    rows = {"mask": mask, "target_rows": target_rows, "positions": positions}
+    if pairs is None:
+        for name, x in rows.items():
+            if isinstance(x, Tensor):
+                validation.shape(name, x, shape, "the draft's shape without its last dimension")
+                validation.same_device(device, **{name: x})
+        pairs = Pairs(mask, target_rows, positions, num_positions, skip_masked=skip_masked)
+    else:
+        if not isinstance(pairs, Pairs):
+            validation.fail("pairs to be a fused_lk.Pairs", pairs, "Build Pairs(mask, ...).", TypeError)
+        beside = [name for name, x in {**rows, "num_positions": num_positions}.items() if x is not None]
+        if beside:
+            validation.fail("pairs alone", f"pairs beside {', '.join(beside)}", "Pass these to Pairs(...) instead.")
+        if pairs.shape is not None and pairs.shape != shape:
+            validation.fail(
+                f"pairs of the draft's shape without its last dimension, {shape}",
+                f"pairs of shape {pairs.shape}",
+                "Build the pairs from tensors of that shape.",
+            )
+        if pairs.device is not None and pairs.device != device:
+            validation.fail(f"pairs on {device}, where the draft is", f"pairs on {pairs.device}", "Build them there.")
+    num_rows = sum(x.shape[:-1].numel() for x in tensors[: draft.num_sources])
+    pairs.check_target(num_rows, target.num_tokens, target.computed)
+    return Call(
+        tensors, draft, shape, target, pairs, impl, float(draft_temperature), plan.workspace_bytes(workspace_mb)
+    )
+
+
+def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The tensors, and their joint shape without the last dimension: `(K, ...)` for a sequence."""
+    if isinstance(given, Tensor):
+        validation.tensor(name, given, min_ndim=1, dtypes=validation.FLOATS)
+        return (given,), tuple(given.shape[:-1])
+    if not isinstance(given, list | tuple) or not given:
+        validation.fail(
+            f"{name} to be a tensor or a non-empty list of tensors", given, "Pass one tensor per TTT step.", TypeError
+        )
+    for k, x in enumerate(given):
+        validation.tensor(f"{name}[{k}]", x, min_ndim=1, dtypes=[given[0].dtype] if k else validation.FLOATS)
+        validation.shape(f"{name}[{k}]", x, tuple(given[0].shape), f"the shape of {name}[0]")
+        validation.same_device(given[0].device, **{f"{name}[{k}]": x})
+    return tuple(given), (len(given), *given[0].shape[:-1])

@@ -1,0 +1,228 @@
+"""The draft side of a walk: where its logits come from, and where their gradient goes.
+
+`LinearDraft` makes logits from hidden states and an `lm_head`; `LogitsDraft` is handed them. Either fills a tile of
+logits for a chunk of pairs, and its gradients take the tile back as the gradient with respect to those logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .pairs import Chunk, Layout
+from .rowwise import accumulation_dtype
+from .workspace import Tile
+
+
+def _gather(sources: Sequence[Tensor], layout: Layout, chunk: Chunk, out: Tensor | None) -> Tensor:
+    """The chunk's draft rows `[n, ...]`: a view where they are one run of one source, else a copy into `out`.
+
+    Ignored rows that are kept for shape are zero-filled: a zero gradient times NaN is NaN.
+    """
+    n, valid = chunk.num_pairs, layout.valid
+    if layout.rows is None and valid is None and len(chunk.segments) == 1:
+        source, start, stop = chunk.segments[0]
+        first = start - source * layout.rows_per_source
+        return sources[source][first : first + stop - start]
+    if out is None:
+        out = sources[0].new_empty(n, sources[0].shape[1])
+    for source, start, stop in chunk.segments:
+        into = out[start - chunk.start : stop - chunk.start]
+        if layout.rows is None:
+            first = start - source * layout.rows_per_source
+            into.copy_(sources[source][first : first + stop - start])
+        else:
+            torch.index_select(sources[source], 0, layout.rows[start:stop], out=into)
+    return out if valid is None else out.masked_fill_(~valid[chunk.start : chunk.stop].unsqueeze(1), 0.0)
+
+
+def _scatter(sources: Sequence[Tensor | None], layout: Layout, chunk: Chunk, rows: Tensor) -> None:
+    """Write the chunk's `rows` to their places in `sources`; a draft row belongs to one pair at most."""
+    for source, start, stop in chunk.segments:
+        into = sources[source]
+        if into is None:
+            continue
+        part = rows[start - chunk.start : stop - chunk.start]
+        if layout.rows is None:
+            first = start - source * layout.rows_per_source
+            into[first : first + stop - start] = part
+        else:
+            into.index_copy_(0, layout.rows[start:stop], part)
+
+
+def _gradient_buffers(sources: Sequence[Tensor], needs: Sequence[bool], layout: Layout) -> list[Tensor | None]:
+    """A buffer for each source that needs a gradient; zeroed unless every row will be written."""
+    make = torch.empty_like if layout.flat_rows is None else torch.zeros_like
+    return [
+        make(x, memory_format=torch.contiguous_format) if need else None for x, need in zip(sources, needs, strict=True)
+    ]
+
+
+class LinearDraft:
+    """Logits `z = h @ weight.T + bias` of hidden states `h` in one or more tensors `[R, H]`.
+
+    `logits_dtype` float32 keeps the products' float32 results in the tile.
+    """
+
+    def __init__(
+        self, sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None = None
+    ) -> None:
+        self.sources, self.weight, self.bias = sources, weight, bias
+        self.vocab_size = weight.shape[0]
+        self.dtype = weight.dtype
+        self.logits_dtype = torch.promote_types(weight.dtype, logits_dtype or weight.dtype)
+
+    def tile_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of the draft's tiles: logits, and gradient where that cannot lie over them."""
+        return (self.logits_dtype,) if self.logits_dtype == self.dtype else (self.logits_dtype, self.dtype)
+
+    def tile_is_view(self, in_order: bool) -> bool:
+        return False
+
+    def fill(
+        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`(z, h)` of the chunk's pairs for a block of columns; `h` may be handed in as `rows`."""
+        h = _gather(self.sources, layout, chunk, None) if rows is None else rows
+        z = tile.view(chunk.num_pairs, columns.stop - columns.start)
+        gemm.linear_into(z, h, self.weight[columns], None if self.bias is None else self.bias[columns])
+        return z, h
+
+    def all_rows(self, layout: Layout, chunk: Chunk) -> Tensor:
+        """`h` of all pairs at once, `[P, H]`."""
+        return _gather(self.sources, layout, chunk, None)
+
+    def hidden_gradients(
+        self, layout: Layout, chunk: Chunk, rows: Tensor | None, scale: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """dH of each source from `rows` `[P, H]`, times `scale`."""
+        if rows is None:
+            return [None] * len(self.sources)
+        rows = times(rows, scale, self.dtype, in_place=True)
+        if layout.flat_rows is None and len(self.sources) == 1:
+            return [rows]
+        buffers = _gradient_buffers(self.sources, needs, layout)
+        _scatter(buffers, layout, chunk, rows)
+        return buffers
+
+    def gradients(self, layout: Layout, needs: Sequence[bool]) -> LinearGradients:
+        return LinearGradients(self, layout, needs)
+
+
+class LinearGradients:
+    """dH, dW and db; `needs` says which of `(*sources, weight[, bias])` want one.
+
+    The tiles hold gradients near unit scale; `scaled` applies the scale, on the way into the final dtype. dW and db
+    are kept in the accumulation dtype until then.
+    """
+
+    def __init__(self, draft: LinearDraft, layout: Layout, needs: Sequence[bool]) -> None:
+        self.draft, self.layout = draft, layout
+        k = len(draft.sources)
+        self.hidden = _gradient_buffers(draft.sources, needs[:k], layout)
+        acc = accumulation_dtype(draft.weight)
+        self.weight = draft.weight.new_zeros(draft.weight.shape, dtype=acc) if needs[k] else None
+        wants_bias = draft.bias is not None and needs[k + 1]
+        self.bias = draft.weight.new_zeros(draft.vocab_size, dtype=acc) if wants_bias else None
+
+    def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tile | None) -> Tensor:
+        """Where the row operations write: over the logits, or a tile of the compute dtype."""
+        return z if tile is None else tile.view(*z.shape)
+
+    def add(self, chunk: Chunk, h: Tensor, g: Tensor) -> None:
+        """Take the gradient `g` `[n, V]` with respect to the chunk's logits."""
+        draft, layout = self.draft, self.layout
+        if any(x is not None for x in self.hidden):
+            if layout.rows is None and len(chunk.segments) == 1:
+                source, start, stop = chunk.segments[0]
+                first = start - source * layout.rows_per_source
+                if self.hidden[source] is not None:
+                    gemm.product_into(self.hidden[source][first : first + stop - start], g, draft.weight)
+            else:
+                _scatter(self.hidden, layout, chunk, torch.mm(g, draft.weight))
+        if self.weight is not None:
+            gemm.accumulate(self.weight, g.t(), h)
+        if self.bias is not None:
+            self.bias.add_(g.sum(0, dtype=self.bias.dtype))
+
+    def held(self) -> list[Tensor | None]:
+        """The gradients as they wait for their scale: in their final dtype, half precision's narrow range excepted."""
+        keep_wide = self.draft.dtype == torch.float16
+        head = [x if x is None or keep_wide else x.to(self.draft.dtype) for x in self._release_head()]
+        return [*self.hidden, *head]
+
+    def scaled(self, scale: Tensor) -> list[Tensor | None]:
+        """The gradients times `scale`, in their final dtypes, reusing their memory where that has the right dtype."""
+        hidden = [times(x, scale, self.draft.dtype, in_place=True) for x in self.hidden]
+        return [*hidden, *(times(x, scale, self.draft.dtype, in_place=True) for x in self._release_head())]
+
+    def _release_head(self) -> list[Tensor | None]:
+        head = [self.weight] if self.draft.bias is None else [self.weight, self.bias]
+        self.weight = self.bias = None
+        return head
+
+
+class LogitsDraft:
+    """Logits in hand, in one or more tensors `[R, V]`; read in place, never written."""
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self.sources = sources
+        self.vocab_size = sources[0].shape[1]
+        self.dtype = self.logits_dtype = sources[0].dtype
+
+    def tile_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,)
+
+    def tile_is_view(self, in_order: bool) -> bool:
+        """Whether chunks are runs of rows with unit stride, which the row operations read where they are."""
+        return in_order and all(x.stride(1) == 1 for x in self.sources)
+
+    def fill(
+        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        out = None if tile is None else tile.view(chunk.num_pairs, self.vocab_size)
+        z = _gather(self.sources, layout, chunk, out)
+        return (z if out is None or z is out else out.copy_(z)), None
+
+    def gradients(self, layout: Layout, needs: Sequence[bool]) -> LogitsGradients:
+        return LogitsGradients(self, layout, needs)
+
+
+class LogitsGradients:
+    """The gradient with respect to logits in hand: as large as they are, and written nowhere else."""
+
+    def __init__(self, draft: LogitsDraft, layout: Layout, needs: Sequence[bool]) -> None:
+        self.layout = layout
+        self.logits = _gradient_buffers(draft.sources, needs, layout)
+        self.in_place = draft.tile_is_view(layout.in_order)
+
+    def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tile | None) -> Tensor:
+        if not self.in_place:
+            return z
+        source, start, stop = chunk.segments[0]
+        first = start - source * self.layout.rows_per_source
+        into = self.logits[source]
+        return torch.empty_like(z) if into is None else into[first : first + stop - start]
+
+    def add(self, chunk: Chunk, h: None, g: Tensor) -> None:
+        if not self.in_place:
+            _scatter(self.logits, self.layout, chunk, g)
+
+    def held(self) -> list[Tensor | None]:
+        return list(self.logits)
+
+    def scaled(self, scale: Tensor) -> list[Tensor | None]:
+        return [x if x is None else times(x, scale, x.dtype, in_place=True) for x in self.logits]
+
+
+def times(x: Tensor | None, scale: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor | None:
+    """`x * scale` in `dtype`; over `x` where `in_place` and the dtype allow.
+
+    `scale` is `[1]`, not a scalar tensor: that makes the product one of `scale`'s dtype, rounded once.
+    """
+    if x is None:
+        return None
+    return torch.mul(x, scale, out=x if in_place and x.dtype == dtype else torch.empty_like(x, dtype=dtype))

@@ -1,0 +1,58 @@
+"""The matrix products, each written into memory that exists already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Elements of an upcast block where a backend has no product with a float32 result (32 MiB in float32).
+_BLOCK_ELEMENTS = 2**23
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`out = x @ weight.T + bias`, in `out`'s dtype: that of `x`, or float32 for the product's own float32 result."""
+    if out.dtype == x.dtype:
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
+    elif _has_out_dtype(x):
+        torch.ops.aten.mm.dtype_out(x, weight.t(), out.dtype, out=out)
+        if bias is not None:
+            out.add_(bias)
+    else:
+        wide = x.to(out.dtype)
+        step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
+        for start in range(0, weight.shape[0], step):
+            block = weight[start : start + step].to(out.dtype)
+            torch.mm(wide, block.t(), out=out[:, start : start + step])
+        if bias is not None:
+            out.add_(bias)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, accumulated in `total`'s dtype, without a temporary of `total`'s size."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif _has_out_dtype(a):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        wide = b.to(total.dtype)
+        step = max(1, _BLOCK_ELEMENTS // max(a.shape[1], b.shape[1], 1))
+        for start in range(0, a.shape[0], step):
+            rows = total[start : start + step]
+            torch.addmm(rows, a[start : start + step].to(total.dtype), wide, out=rows)
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out = a @ b`, rounded once into `out`'s dtype (that of `a`, or float32)."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.zero_()
+        accumulate(out, a, b)
+
+
+def _has_out_dtype(x: Tensor) -> bool:
+    """Whether half-precision products can give their float32 result (CUDA, torch >= 2.8)."""
+    return x.is_cuda and x.dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out")

@@ -1,0 +1,28 @@
+"""vLLM speculators 0.9.0: its fused losses on any device, and its EAGLE-3 model without logits.
+
+The one-line change is `speculators.register()`, after which `resolve_loss_config` gives the functions below; or
+`speculators.apply(model)`, on an `Eagle3DraftModel` before it is sharded, which does away with the logits.
+"""
+
+from .eagle3 import apply, unapply
+from .losses import (
+    SUPPORTED,
+    fused_kl_div_loss,
+    fused_lk_hybrid_loss,
+    fused_nla_loss,
+    fused_tv_loss,
+    register,
+    unregister,
+)
+
+__all__ = [
+    "SUPPORTED",
+    "apply",
+    "fused_kl_div_loss",
+    "fused_lk_hybrid_loss",
+    "fused_nla_loss",
+    "fused_tv_loss",
+    "register",
+    "unapply",
+    "unregister",
+]

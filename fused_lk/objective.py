@@ -1,0 +1,54 @@
+"""The objectives, as mixes of the three divergences.
+
+Every objective is, per token, a weighted sum with weights that receive no gradient:
+
+    loss = kl * KL(pt || q)  +  tv * (1 - alpha)  +  nla * (-log alpha)
+
+so its value, and its derivatives with respect to the primitive (log alpha, KL), follow from the mix alone. The
+recompute plan differentiates `token_loss` by autograd, the one-pass plan asks `coefficients`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OBJECTIVES = ("kl", "tv", "alpha", "lambda")
+NEG_INF = float("-inf")
+
+
+class Mix(NamedTuple):
+    """Weights of KL, total variation and negative log acceptance: floats, or per pair `[P]`."""
+
+    kl: float | Tensor
+    tv: float | Tensor
+    nla: float | Tensor
+
+
+FIXED = {"kl": Mix(1.0, 0.0, 0.0), "tv": Mix(0.0, 1.0, 0.0), "alpha": Mix(0.0, 0.0, 1.0)}
+
+
+def blend(kl_weight: Tensor | float) -> Mix:
+    """The "lambda" objective, `lam * KL + (1 - lam) * TV`."""
+    return Mix(kl_weight, 1.0 - kl_weight, 0.0)
+
+
+def adaptive_kl_weight(acceptance: Tensor, eta: float, kl_scale: float) -> Tensor:
+    """`lam = kl_scale * exp(-eta * stop_grad(acceptance))` (arXiv 2602.23881; kl_scale: SpecForge)."""
+    return kl_scale * torch.exp(-eta * acceptance.detach())
+
+
+def token_loss(mix: Mix, log_acceptance: Tensor, kl: Tensor) -> Tensor:
+    """The loss per token; 0 where the target has no mass on the draft vocabulary."""
+    supported = log_acceptance > NEG_INF
+    log_acceptance = torch.where(supported, log_acceptance, 0.0)
+    loss = mix.kl * kl + mix.tv * -torch.expm1(log_acceptance) - mix.nla * log_acceptance
+    return torch.where(supported, loss, 0.0)
+
+
+def coefficients(mix: Mix, log_acceptance: Tensor) -> tuple[Tensor, Tensor]:
+    """`(d loss / d log alpha, d loss / d KL)` per token; rows without an answer are the row operations' business."""
+    d_log_alpha = -(mix.tv * log_acceptance.exp() + mix.nla)
+    return d_log_alpha, torch.zeros_like(d_log_alpha) + mix.kl

@@ -1,0 +1,81 @@
+"""The options of the loss: validated once, then a plain record."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .objective import FIXED, OBJECTIVES, Mix, blend
+
+LAMBDA_PER = ("position", "token")
+REDUCTIONS = ("mean", "position", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is minimised and how tokens are reduced; see `fused_lk.lk_loss` for the meaning of each.
+
+    Raises:
+        TypeError, ValueError: an unknown name, a number out of range, a tensor of the wrong dtype.
+    """
+
+    objective: str = "lambda"
+    eta: float = 3.0
+    kl_scale: float = 1.0
+    lambda_per: str = "position"
+    kl_weight: float | Tensor | None = None
+    position_decay: float = 1.0
+    reduction: str = "mean"
+    denominator: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        validation.choice("objective", self.objective, OBJECTIVES)
+        validation.choice("lambda_per", self.lambda_per, LAMBDA_PER)
+        validation.choice("reduction", self.reduction, REDUCTIONS)
+        validation.number("eta", self.eta, minimum=0)
+        validation.number("position_decay", self.position_decay, minimum=0)
+        if validation.number("kl_scale", self.kl_scale, minimum=0) > 1:
+            warnings.warn(
+                f"kl_scale={self.kl_scale:g} can make lambda exceed 1, where the TV term changes sign and acceptance "
+                "is pushed down; use kl_scale <= 1.",
+                stacklevel=4,
+            )
+        for name in ("kl_weight", "denominator"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                validation.tensor(name, value, dtypes=validation.FLOATS)
+            elif value is not None:
+                validation.number(name, value, minimum=0)
+        if self.kl_weight is not None and self.objective != "lambda":
+            validation.fail(
+                'kl_weight with objective="lambda" only', f"objective={self.objective!r}", "Leave kl_weight out."
+            )
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether a token's loss depends on other tokens' acceptance."""
+        return self.objective == "lambda" and self.kl_weight is None and self.lambda_per == "position"
+
+    def mix(self, kl_weight: Tensor | None) -> Mix:
+        """The mix of tokens whose lambda is `kl_weight` (read by objective "lambda" alone)."""
+        return FIXED[self.objective] if kl_weight is None else blend(kl_weight)
+
+
+def per_position(name: str, value: float | Tensor, num_positions: int, like: Tensor) -> Tensor:
+    """A float or a `[num_positions]` tensor as the latter, in `like`'s dtype and device.
+
+    Raises:
+        ValueError: a tensor of another shape, or on another device.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((num_positions,), float(value), dtype=like.dtype, device=like.device)
+    value = value.detach()
+    if value.ndim == 0:
+        return value.to(like).expand(num_positions)
+    validation.shape(name, value, (num_positions,), "one per position")
+    validation.same_device(like.device, **{name: value})
+    return value.to(like.dtype)

@@ -1,0 +1,111 @@
+"""Every choice about how the work is done, in one place: plan, walk and chunk sizes, with the reason for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import validation
+from .workspace import ROW_ALIGNMENT, row_stride
+
+MIB = 2**20
+PLANS = ("auto", "one_pass", "recompute")
+
+# The bound on the two logits tiles together. Large enough for GEMMs at full speed, small beside any model.
+DEFAULT_WORKSPACE_MB = 256
+
+# Each chunk of the by-rows walk adds into all of dW in float32. Below about this many rows a chunk that traffic, not
+# arithmetic, sets the pace of a GPU: 8 bytes of dW traffic per 2 * rows flops, 1,024 rows = 256 flops a byte.
+ROWS_TO_HIDE_WEIGHT_TRAFFIC = 1024
+
+# On a CPU 512 rows a chunk are as fast as any (measured at 1,024 x 256 x 32,000, 2 threads: 128, 256, 512 rows take
+# 430, 357, 278 ms for the three draft GEMMs); more rows only leave the cache.
+MAX_CPU_ROWS = 512
+
+
+@dataclass(frozen=True)
+class TileCosts:
+    """What one row of a chunk needs: bytes per column of the draft's and the target's tile (0: no tile)."""
+
+    draft_bytes: int
+    target_bytes: int
+
+    def row_bytes(self, columns: int) -> tuple[int, int]:
+        stride = row_stride(columns)
+        return stride * self.draft_bytes, stride * self.target_bytes
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """Sizes of a walk: at most so many pairs and distinct target rows a chunk."""
+
+    max_pairs: int
+    max_targets: int
+
+
+def workspace_bytes(workspace_mb: float | str) -> int | None:
+    """The bound in bytes; None for "auto"."""
+    if workspace_mb == "auto":
+        return None
+    if isinstance(workspace_mb, str):
+        validation.fail('workspace_mb to be "auto" or a number', workspace_mb, "Pass a size in MiB.", TypeError)
+    return int(validation.number("workspace_mb", workspace_mb, above=0) * MIB)
+
+
+def by_rows(
+    costs: TileCosts,
+    vocab_size: int,
+    num_pairs: int,
+    num_targets: int,
+    device: torch.device,
+    budget: int | None,
+    accumulates_weight: bool,
+) -> Chunking:
+    """Chunks of full rows that fit the budget, a row at the least."""
+    draft_row, target_row = costs.row_bytes(vocab_size)
+    targets_per_pair = num_targets / max(num_pairs, 1)
+    per_pair = max(draft_row + target_row * targets_per_pair, 1)
+    if budget is None:
+        budget = DEFAULT_WORKSPACE_MB * MIB
+        if device.type != "cpu" and accumulates_weight:
+            budget = max(budget, int(ROWS_TO_HIDE_WEIGHT_TRAFFIC * per_pair))
+    pairs = max(1, int(budget / per_pair))
+    if device.type == "cpu":
+        pairs = min(pairs, MAX_CPU_ROWS)
+    pairs = max(1, min(pairs, num_pairs))
+    # Target rows are shared unevenly: give them what the pairs leave.
+    targets = num_targets if target_row == 0 else max(1, (budget - pairs * draft_row) // target_row)
+    return Chunking(pairs, max(1, targets))
+
+
+def by_vocabulary(costs: TileCosts, vocab_size: int, num_pairs: int, num_targets: int, budget: int | None) -> int:
+    """Columns of a block over all rows that fit the budget."""
+    budget = DEFAULT_WORKSPACE_MB * MIB if budget is None else budget
+    per_column = max(1, num_pairs * costs.draft_bytes + num_targets * costs.target_bytes)
+    columns = budget // per_column // ROW_ALIGNMENT * ROW_ALIGNMENT
+    return min(max(columns, ROW_ALIGNMENT), vocab_size)
+
+
+def walks_by_vocabulary(vocab_size: int, num_pairs: int, needs_weight: bool) -> bool:
+    """Whether the recompute backward goes by vocabulary: accumulate over the smaller side.
+
+    By rows accumulates dW `[V, H]` in float32 and casts it; by vocabulary accumulates dH `[pairs, H]` and writes dW
+    once. A frozen head has no dW, and rows need no accumulator.
+    """
+    return needs_weight and vocab_size > num_pairs
+
+
+def resolve(requested: str, obstacle: str | None) -> str:
+    """The plan to use, where `obstacle` is why one pass cannot serve the request (None: it can).
+
+    Raises:
+        ValueError: an unknown plan, or "one_pass" with an obstacle.
+    """
+    validation.choice("plan", requested, PLANS)
+    if requested == "one_pass" and obstacle is not None:
+        validation.fail('a request that plan="one_pass" can serve', obstacle, 'Use plan="auto" or "recompute".')
+    if requested == "auto":
+        return "recompute" if obstacle is not None else "one_pass"
+    return requested

@@ -1,0 +1,182 @@
+"""The oracle: the mathematics of the LK losses in plain eager PyTorch.
+
+Readable before fast. Everything is promoted to at least float32 and computed densely, so float64 inputs give
+the truth that all tests compare with. Nothing else of this package is used here.
+
+Notation (arXiv 2602.23881): q = draft, p = target. `log_p` holds the target's log-probabilities on the draft
+vocabulary, normalised over the target's *full* vocabulary; a token the target cannot produce has -inf.
+
+    alpha = sum_v min(p_v, q_v)      KL = KL(pt || q),  pt = p renormalised on the draft vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def promote(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def target_log_probs(
+    target_logits: Tensor, t2d: Tensor | None = None, temperature: float = 1.0, renormalize: bool = False
+) -> Tensor:
+    """`log p` on the draft vocabulary, `[..., V_d]`, from target logits over the full vocabulary `[..., V_t]`.
+
+    Normalised over the full vocabulary, or over the draft vocabulary with `renormalize=True`.
+    `t2d` is a bool mask `[V_t]` of the draft vocabulary (or the target ids of its tokens, in draft order).
+    """
+    logits = promote(target_logits) / temperature
+    on_draft = logits if t2d is None else logits[..., t2d]
+    over = on_draft if renormalize else logits
+    return on_draft - _safe_logsumexp(over)
+
+
+def topk_log_probs(token_ids: Tensor, log_probs: Tensor, target_ids: Tensor) -> Tensor:
+    """`log p` on the draft vocabulary, `[..., V_d]`, from `k` target ids and their log-probabilities `[..., k]`.
+
+    `target_ids` `[V_d]` are the target ids of the draft tokens; tokens outside the top k get -inf.
+    """
+    found = token_ids.unsqueeze(-2) == target_ids.unsqueeze(-1)  # [..., V_d, k]
+    spread = torch.where(found, promote(log_probs).unsqueeze(-2), NEG_INF)
+    return spread.amax(-1)
+
+
+def divergences(draft_logits: Tensor, log_p: Tensor, draft_temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`(log alpha, KL(pt || q))` per row, `[...]`, differentiable in `draft_logits` by autograd.
+
+    Rows whose target has no mass on the draft vocabulary give `(-inf, 0)` and no gradient.
+    """
+    log_p = promote(log_p).detach()
+    log_q = F.log_softmax(promote(draft_logits) / draft_temperature, dim=-1)
+    supported = (log_p > NEG_INF).any(-1, keepdim=True)
+    log_p_safe = torch.where(supported, log_p, 0.0)
+    log_pt = log_p_safe - log_p_safe.logsumexp(-1, keepdim=True)
+
+    log_alpha = torch.minimum(log_q, log_p_safe).logsumexp(-1)
+    in_support = log_pt > NEG_INF
+    surprise = torch.where(in_support, log_pt, 0.0) - torch.where(in_support, log_q, 0.0)
+    kl = (log_pt.exp() * surprise).sum(-1)
+    supported = supported.squeeze(-1)
+    return torch.where(supported, log_alpha, NEG_INF), torch.where(supported, kl, 0.0)
+
+
+def masked_divergences(
+    draft_logits: Tensor, log_p: Tensor, kept: Tensor, draft_temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`divergences` of the rows `[N]` that are `kept`; 0 on the others, whatever they hold."""
+    values = divergences(draft_logits[kept], log_p[kept], draft_temperature)
+    empty = torch.zeros_like(kept, dtype=torch.promote_types(draft_logits.dtype, log_p.dtype))
+    empty = promote(empty)
+    return tuple(empty.masked_scatter(kept, x.to(empty.dtype)) for x in values)
+
+
+class ReferenceLoss(NamedTuple):
+    """All quantities of `lk_loss`, per position `[K]` or per token `[N]`; see `fused_lk.LKOutput`."""
+
+    loss: Tensor
+    log_acceptance: Tensor
+    kl: Tensor
+    acceptance_sum: Tensor
+    kl_sum: Tensor
+    kl_weight: Tensor
+    weight_sum: Tensor
+    num_tokens: Tensor
+    num_unsupported: Tensor
+
+
+def lk_loss(
+    draft_logits: Tensor,
+    log_p: Tensor,
+    *,
+    objective: str = "lambda",
+    eta: float = 3.0,
+    kl_scale: float = 1.0,
+    lambda_per: str = "position",
+    kl_weight: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    positions: Tensor | None = None,
+    num_positions: int = 1,
+    position_decay: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    draft_temperature: float = 1.0,
+) -> ReferenceLoss:
+    """The LK loss of `[N, V_d]` draft logits against `[N, V_d]` target log-probabilities.
+
+    `weights` `[N]` (0 = ignored row, whatever it holds) and `positions` `[N]` are per row; `kl_weight` is lambda
+    itself: a float, `[num_positions]` or `[N]`. The options mean what they mean in `fused_lk.lk_loss`.
+    """
+    num_rows = draft_logits.shape[0]
+    device = draft_logits.device
+    acc = torch.promote_types(torch.promote_types(draft_logits.dtype, log_p.dtype), torch.float32)
+    w = torch.ones(num_rows, dtype=acc, device=device) if weights is None else weights.to(acc)
+    k = torch.zeros(num_rows, dtype=torch.long, device=device) if positions is None else positions
+    kept = w > 0
+
+    log_alpha, kl = masked_divergences(draft_logits, log_p, kept, draft_temperature)
+    counts = kept & (log_alpha > NEG_INF)  # supervised, and the target has an answer
+    log_alpha_safe = torch.where(counts, log_alpha, 0.0)
+    alpha = torch.where(counts, log_alpha_safe.exp(), 0.0)
+
+    def per_position(x: Tensor) -> Tensor:
+        return torch.stack([torch.where(k == i, x, 0).sum() for i in range(num_positions)])
+
+    weight_sum = per_position(w)
+    acceptance_sum = per_position(w * alpha.detach())
+
+    if objective == "kl":
+        lam = torch.ones_like(w)
+    elif objective in ("tv", "alpha"):
+        lam = torch.zeros_like(w)
+    elif kl_weight is not None:
+        given = torch.as_tensor(kl_weight, dtype=acc, device=device)
+        lam = given[k] if given.shape == (num_positions,) else given.expand(num_rows)
+    elif lambda_per == "position":
+        mean_alpha = acceptance_sum / torch.where(weight_sum > 0, weight_sum, 1.0)
+        lam = kl_scale * torch.exp(-eta * mean_alpha)[k]
+    else:
+        lam = kl_scale * torch.exp(-eta * alpha.detach())
+
+    token_loss = -log_alpha_safe if objective == "alpha" else lam * kl + (1 - lam) * (1 - alpha)
+    token_loss = torch.where(counts, w * token_loss, 0.0)
+
+    loss_sum = per_position(token_loss)
+    divide_by = weight_sum if denominator is None else torch.as_tensor(denominator, dtype=acc, device=device)
+    means = torch.where(divide_by > 0, loss_sum / torch.where(divide_by > 0, divide_by, 1.0), 0.0)
+    decay = position_decay ** torch.arange(num_positions, dtype=acc, device=device)
+    loss = {
+        "mean": (decay * means).sum(),
+        "position": means,
+        "sum": (decay * loss_sum).sum(),
+        "none": token_loss,
+    }[reduction]
+    return ReferenceLoss(
+        loss=loss,
+        log_acceptance=log_alpha,
+        kl=kl,
+        acceptance_sum=acceptance_sum,
+        kl_sum=per_position(w * kl.detach()),
+        kl_weight=per_position(w * lam) / torch.where(weight_sum > 0, weight_sum, 1.0),
+        weight_sum=weight_sum,
+        num_tokens=per_position(kept.to(torch.long)),
+        num_unsupported=(kept & ~counts).sum(),
+    )
+
+
+def expected_acceptance_length(acceptance: Tensor) -> Tensor:
+    """`1 + sum_k prod_{j <= k} alpha_j` over the first dimension: `[K, ...] -> [...]`, in tokens per step."""
+    return 1 + acceptance.cumprod(0).sum(0)
+
+
+def _safe_logsumexp(x: Tensor) -> Tensor:
+    """logsumexp over the last dimension, kept; 0 where every entry is -inf, so that -inf - it stays -inf."""
+    lse = x.logsumexp(-1, keepdim=True)
+    return torch.where(lse == NEG_INF, 0.0, lse)

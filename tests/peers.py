@@ -1,0 +1,95 @@
+"""The published packages that the tests compare with, and what loading them takes.
+
+A peer that cannot be imported is an error of the test run, never a skip: parity that was not checked is not parity.
+`requirements/peers-deps.txt` lists what their modules import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+# SpecForge's cross-entropy exists as Triton kernels alone; on a CPU they run in Triton's interpreter, which has to be
+# chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What speculators' modules import to move data, which no test touches.
+_DATA_PACKAGES = ("openai", "datasets", "hs_connectors")
+
+
+def device() -> torch.device:
+    """Where the peers' kernels run in this process."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
+
+
+def specforge() -> SimpleNamespace:
+    """`lk_loss`, `loss`, `compact_teacher` (modules of `specforge.core`), `model` (EAGLE-3), `draft`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flash_attn is not found")
+        return SimpleNamespace(
+            lk_loss=importlib.import_module("specforge.core.lk_loss"),
+            loss=importlib.import_module("specforge.core.loss"),
+            compact_teacher=importlib.import_module("specforge.core.compact_teacher"),
+            adapters=importlib.import_module("specforge.core.eagle3_adapters"),
+            model=importlib.import_module("specforge.algorithms.eagle3.model"),
+            draft=importlib.import_module("specforge.modeling.draft.llama3_eagle"),
+        )
+
+
+def speculators() -> SimpleNamespace:
+    """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3)."""
+    with _hollow(_DATA_PACKAGES):
+        return SimpleNamespace(
+            eager=importlib.import_module("speculators.losses.eager"),
+            fused=importlib.import_module("speculators.losses.fused"),
+            utils=importlib.import_module("speculators.losses.utils"),
+            config=importlib.import_module("speculators.models.eagle3.config"),
+            core=importlib.import_module("speculators.models.eagle3.core"),
+        )
+
+
+@contextmanager
+def _hollow(names: tuple[str, ...]) -> Iterator[None]:
+    """Let `names` and all below them be imported as modules whose every attribute is an empty class."""
+    finder = _HollowFinder(tuple(name for name in names if importlib.util.find_spec(name) is None))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _HollowModule)]:
+            del sys.modules[name]
+
+
+class _HollowModule(ModuleType):
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _HollowFinder:
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name.partition(".")[0] in self.names else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _HollowModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass

@@ -1,0 +1,59 @@
+"""How integrations run a trainer's own code with parts of it replaced."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lk.integrations import seams
+
+SCALE = 2.0
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x, shift=1.0, *, power=1):
+        return SCALE * self.head(x) ** power + shift
+
+
+def test_globals_are_replaced_in_a_copy():
+    model, x = Model(), torch.ones(3)
+    copy = seams.with_globals(Model.forward, SCALE=3.0)
+    torch.testing.assert_close(copy(model, x) - 1, 1.5 * (model(x) - 1))
+    torch.testing.assert_close(copy(model, x, 0.0, power=2), 3 * model.head(x) ** 2)
+    wrapped = functools.wraps(Model.forward)(lambda *_: None)
+    assert torch.equal(seams.with_globals(wrapped, SCALE=3.0)(model, x), copy(model, x))
+    assert SCALE == 2.0
+
+
+def test_a_shadow_shares_all_but_its_own():
+    model = Model()
+    before = dict(vars(model))
+    shadow = seams.shadow(model, head=lambda x: x)
+    x = torch.ones(3)
+    assert torch.equal(shadow.forward(x), SCALE * x + 1) and isinstance(shadow, Model)
+    assert [p is q for p, q in zip(shadow.parameters(), model.parameters(), strict=True)] == [True, True]
+    assert vars(model) == before and model(x).shape == (2,)
+
+
+def test_required_names():
+    seams.require_names(Model.forward, "SCALE", "head")
+    with pytest.raises(RuntimeError, match="without tail"):
+        seams.require_names(Model.forward, "head", "tail")
+
+
+def test_memo_looks_at_contents():
+    made = []
+    memo = seams.Memo(lambda x: made.append(x) or len(made))
+    x, y = torch.zeros(2), torch.zeros(2)
+    assert [memo(x), memo(x), memo(y), memo(y)] == [1, 1, 2, 2]
+    y.add_(1)
+    assert memo(y) == 3
+    by_dtype = seams.Memo(lambda x, dtype: x.to(dtype))
+    assert [by_dtype(x, dtype).dtype for dtype in (torch.float16, torch.float64)] == [torch.float16, torch.float64]
