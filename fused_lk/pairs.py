@@ -6,6 +6,7 @@ list of pairs. Rows that are not in it cost nothing.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,7 +165,11 @@ class Pairs:
 
     def dense(self, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """`(weights, target_rows, positions)` `[num_rows]`, with weight 0 and row 0 where ignored."""
-        weights = self.weights if self.weights is not None else torch.ones(num_rows if self.num_pairs is None else self.num_pairs, device=device)
+        weights = (
+            self.weights
+            if self.weights is not None
+            else torch.ones(num_rows if self.num_pairs is None else self.num_pairs, device=device)
+        )
         rows = torch.arange(num_rows, device=device) if self.target_rows is None else self.target_rows
         positions = torch.zeros_like(rows) if self.positions is None else self.positions
         if self.draft_rows is None:
@@ -369,7 +374,7 @@ def _balanced(count: int, most: int) -> list[tuple[int, int]]:
     """`[0, count)` in the fewest pieces of at most `most`, as equal as can be."""
     pieces = -(-count // max(most, 1))
     edges = [count * i // max(pieces, 1) for i in range(pieces + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _cut(starts: np.ndarray, max_pairs: int, max_targets: int) -> list[tuple[int, int, slice]]:

@@ -308,7 +308,7 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     `torch.argmax` is not vectorised on the CPU; a maximum of 128-wide groups and an argmax over those is (ten times
     faster at V = 32,000).
     """
-    n, size = x.shape
+    size = x.shape[1]
     group = 128
     if size < 8 * group:
         return torch.max(x, 1)

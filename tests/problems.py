@@ -69,7 +69,12 @@ def make_vocab(target_size: int, draft_size: int, generator: torch.Generator) ->
 
 
 def make_target(
-    kind: str, num_tokens: int, vocab: fused_lk.DraftVocab, dtype: torch.dtype, generator: torch.Generator, **options: Any
+    kind: str,
+    num_tokens: int,
+    vocab: fused_lk.DraftVocab,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    **options: Any,
 ) -> fused_lk.Target:
     hidden_size = 6
     hidden = torch.randn(num_tokens, hidden_size, dtype=torch.float64, generator=generator)
@@ -85,7 +90,9 @@ def make_target(
         return fused_lk.Target.from_topk(top.indices, top.values.to(dtype), vocab, **options)
     return {
         "hidden": lambda: fused_lk.Target.from_hidden(hidden, fused_lk.TargetHead(weight, vocab), **options),
-        "cached": lambda: fused_lk.Target.from_hidden(hidden, fused_lk.TargetHead(weight, vocab), cache=True, **options),
+        "cached": lambda: fused_lk.Target.from_hidden(
+            hidden, fused_lk.TargetHead(weight, vocab), cache=True, **options
+        ),
         "shared_hidden": lambda: fused_lk.Target.from_hidden(hidden, weight[: vocab.draft_size], **options),
         "logits": lambda: fused_lk.Target.from_logits(logits, vocab, **options),
         "shared_logits": lambda: fused_lk.Target.from_logits(shared, **options),

@@ -186,7 +186,9 @@ def test_garbage_in_ignored_rows_never_leaks(impl, skip_masked, kind):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("tokens", "draft", "target"), [(1, 1, 1), (1, 1, 5), (3, 2, 3), (2, 97, 101), (1, 1031, 2053)])
+@pytest.mark.parametrize(
+    ("tokens", "draft", "target"), [(1, 1, 1), (1, 1, 5), (3, 2, 3), (2, 97, 101), (1, 1031, 2053)]
+)
 def test_odd_sizes(impl, tokens, draft, target):
     problem = make_problem(num_tokens=tokens, draft_size=draft, target_size=target)
     for objective in ("lambda", "alpha"):

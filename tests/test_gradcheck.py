@@ -59,9 +59,19 @@ def test_objectives(impl, setting):
     for plan in ("one_pass", "recompute"):
         gradcheck(
             problem,
-            lambda h, w, b, plan=plan: fused_lk.lk_loss(
-                h, w, problem.target, bias=b, impl=impl, plan=plan, position_decay=0.8, **problem.options, **SETTINGS[setting]
-            ).loss,
+            lambda h, w, b, plan=plan: (
+                fused_lk.lk_loss(
+                    h,
+                    w,
+                    problem.target,
+                    bias=b,
+                    impl=impl,
+                    plan=plan,
+                    position_decay=0.8,
+                    **problem.options,
+                    **SETTINGS[setting],
+                ).loss
+            ),
         )
 
 
@@ -71,9 +81,11 @@ def test_reductions(impl, reduction):
     problem = small(work="shifted")
     gradcheck(
         problem,
-        lambda h, w, b: fused_lk.lk_loss(
-            h, w, problem.target, bias=b, impl=impl, kl_weight=0.5, reduction=reduction, **problem.options
-        ).loss,
+        lambda h, w, b: (
+            fused_lk.lk_loss(
+                h, w, problem.target, bias=b, impl=impl, kl_weight=0.5, reduction=reduction, **problem.options
+            ).loss
+        ),
     )
 
 

@@ -178,7 +178,7 @@ def test_expected_acceptance_length():
 def test_module_is_the_function():
     problem = make_problem(work="shifted")
     loss = fused_lk.LKLoss("lambda", eta=2.0, position_decay=0.8, impl="torch")
-    options = {k: v for k, v in problem.options.items()}
+    options = dict(problem.options)
     out = loss(problem.sources[0], problem.weight, problem.target, bias=problem.bias, **options)
     expected = fused_lk.lk_loss(
         problem.sources[0], problem.weight, problem.target, bias=problem.bias, eta=2.0, position_decay=0.8, **options

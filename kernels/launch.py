@@ -1,0 +1,212 @@
+"""The Triton row operations: the interface of `fused_lk.rowwise`, the only launcher, and the only table of tiles."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_lk import validation
+from fused_lk.rowwise import Coefficients, RowStats, accumulation_dtype
+
+from .lse_argmax import lse_argmax_kernel
+from .row_grad import row_grad_kernel
+from .row_stats import row_stats_kernel
+
+
+class Tile(NamedTuple):
+    """Columns that a program holds at a time, and the warps that hold them."""
+
+    block_v: int
+    num_warps: int
+
+
+# By kernel and bytes of the widest number in it. A tile stays in registers, and a thread loads 128 bits of each tensor
+# at a time or a multiple of that: BLOCK_V = 32 threads * num_warps * (elements per thread).
+TILES = {
+    "lse_argmax": {2: Tile(4096, 8), 4: Tile(4096, 8), 8: Tile(2048, 8)},
+    "row_stats": {2: Tile(2048, 8), 4: Tile(2048, 8), 8: Tile(1024, 8)},
+    "row_grad": {2: Tile(2048, 4), 4: Tile(1024, 4), 8: Tile(512, 4)},
+}
+KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
+
+# FMA contraction off: z * scale - lse has to round alike for q and p and in every kernel, or ties would not be ties.
+OPTIONS = {"enable_fp_fusion": False}
+
+# TRITON_INTERPRET is read when a kernel is decorated; later changes of the environment come too late.
+INTERPRETED = not isinstance(row_stats_kernel, triton.JITFunction)
+INTERPRETER_BLOCK_V = 2**19  # its arrays end at 2**20 elements
+
+
+def check_device(device: torch.device) -> None:
+    """Whether the kernels run on `device`.
+
+    Raises:
+        ValueError: they do not. A CPU has Triton's interpreter alone.
+    """
+    if device.type in ("cuda", "xpu") or (device.type == "cpu" and INTERPRETED):
+        return
+    remedy = 'Use impl="torch"'
+    if device.type == "cpu":
+        remedy += ", or set TRITON_INTERPRET=1 before Triton is imported to run the kernels in its interpreter (slow)"
+    validation.fail('a GPU (CUDA, ROCm, XPU) for impl="triton"', f"tensors on {device}", remedy + ".")
+
+
+def lse_argmax(x: Tensor, scale: float, lse: Tensor | None, argmax: Tensor) -> None:
+    """Write logsumexp(scale * x) and the lowest index of the maximum of each row of `x` `[n, V]`."""
+    x = _unit_columns(x)
+    acc = accumulation_dtype(x)
+    _launch(
+        "lse_argmax",
+        x.shape,
+        _widest(acc, x),
+        (x, x.stride(0), lse, argmax, x.shape[1], *_two_floats(scale)),
+        {"HAS_LSE": lse is not None, "ACC": _triton_dtype(acc)},
+    )
+
+
+def stats(
+    z: Tensor,
+    t: Tensor,
+    t_index: Tensor | None,
+    log_normalizer: Tensor | None,
+    z_scale: float,
+    t_scale: float,
+    out: RowStats,
+) -> None:
+    """Write the statistics of the rows of `z` `[n, V]` into `out`.
+
+    Row i is scored against `t[t_index[i]]` (`t[i]` without an index); `log_normalizer` is `[n]`.
+    """
+    z, t = _unit_columns(z), _unit_columns(t)
+    acc = out.kl.dtype
+    _launch(
+        "row_stats",
+        z.shape,
+        _widest(acc, z, t),
+        (
+            *(z, z.stride(0), t, t.stride(0), _vector(t_index), _vector(log_normalizer)),
+            *(out.draft_lse, out.target_lse, out.log_acceptance, out.sigma, out.kl),
+            *(out.draft_argmax, out.target_argmax),
+            *(z.shape[1], *_two_floats(z_scale), *_two_floats(t_scale)),
+        ),
+        {
+            "HAS_INDEX": t_index is not None,
+            "HAS_NORMALIZER": log_normalizer is not None,
+            "HAS_TARGET_ARGMAX": out.target_argmax is not None,
+            "ACC": _triton_dtype(acc),
+        },
+    )
+
+
+def stats_and_gradient(
+    z: Tensor,
+    t: Tensor,
+    t_index: Tensor | None,
+    log_normalizer: Tensor | None,
+    z_scale: float,
+    t_scale: float,
+    out: RowStats,
+    gradient_out: Tensor,
+    coefficients: Coefficients,
+) -> None:
+    """`stats`, then `gradient` with `coefficients(0, n, out)`."""
+    stats(z, t, t_index, log_normalizer, z_scale, t_scale, out)
+    d_log_acceptance, d_kl = coefficients(0, z.shape[0], out)
+    gradient(z, t, t_index, log_normalizer, z_scale, t_scale, out, d_log_acceptance, d_kl, gradient_out)
+
+
+def gradient(
+    z: Tensor,
+    t: Tensor,
+    t_index: Tensor | None,
+    log_normalizer: Tensor | None,
+    z_scale: float,
+    t_scale: float,
+    stats: RowStats,
+    d_log_acceptance: Tensor,
+    d_kl: Tensor,
+    gradient_out: Tensor,
+) -> None:
+    """Write the gradient with respect to `z` into `gradient_out`, which may be `z` itself.
+
+    `z` and `t` may be any block of columns of the rows that `stats` describes.
+    """
+    into = _unit_columns(gradient_out, copy=False)
+    z, t = _unit_columns(z), _unit_columns(t)
+    acc = stats.kl.dtype
+    _launch(
+        "row_grad",
+        z.shape,
+        _widest(acc, z, t, into),
+        (
+            *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(t_index), _vector(log_normalizer)),
+            *(stats.draft_lse, stats.target_lse, stats.log_acceptance, stats.sigma),
+            *(_vector(d_log_acceptance), _vector(d_kl)),
+            *(z.shape[1], *_two_floats(z_scale), *_two_floats(t_scale)),
+        ),
+        {
+            "HAS_INDEX": t_index is not None,
+            "HAS_NORMALIZER": log_normalizer is not None,
+            "ACC": _triton_dtype(acc),
+        },
+        by_columns=True,
+    )
+    if into is not gradient_out:
+        gradient_out.copy_(into)
+
+
+def _launch(
+    name: str, shape: torch.Size, width: int, arguments: tuple, constants: dict[str, Any], by_columns: bool = False
+) -> None:
+    """Run kernel `name` over the rows of `shape` `[n, V]`, or over its rows and blocks of columns."""
+    n, size = shape
+    if n == 0:
+        return
+    tile = TILES[name][width]
+    if INTERPRETED:  # which pays for each operation, not for each element
+        tile = Tile(min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V), tile.num_warps)
+    grid = (n, triton.cdiv(size, tile.block_v)) if by_columns else (n,)
+    with _context(arguments[0].device):
+        KERNELS[name][grid](*arguments, **constants, BLOCK_V=tile.block_v, num_warps=tile.num_warps, **OPTIONS)
+
+
+def _context(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device; the interpreter is numpy, which warns of each log(0)."""
+    if INTERPRETED:
+        return np.errstate(all="ignore")
+    return torch.get_device_module(device).device(device)
+
+
+def _two_floats(value: float) -> tuple[float, float]:
+    """`value` as a sum of two float32, good to 48 bits: Triton passes Python floats as float32.
+
+    A constexpr would compile anew for each temperature, a tensor would be copied to the device at each launch.
+    """
+    high = float(np.float32(value))
+    return high, value - high if math.isfinite(high) else 0.0
+
+
+def _widest(acc: torch.dtype, *tensors: Tensor) -> int:
+    return 8 if acc == torch.float64 else max(x.element_size() for x in tensors)
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _unit_columns(x: Tensor, copy: bool = True) -> Tensor:
+    """`x`, or a tensor like it (a copy, or unwritten) whose columns lie side by side."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous() if copy else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
