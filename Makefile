@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint clean
 
 demo: $(READY)
 	$(BIN)/python -m demo
@@ -15,14 +15,6 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-bench: $(READY)
-	$(BIN)/python -m bench
-
-# For a machine with a GPU, torch, Triton and pytest already installed: nothing is downloaded.
-gpu:
-	$(PYTHON) -m bench.gpu
 
 $(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed (PYTHON=... selects one)")'

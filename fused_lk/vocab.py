@@ -36,7 +36,7 @@ class DraftVocab:
             t2d,
             dtypes=[torch.bool],
             ndim=1,
-            remedy="t2d is a bool mask over the target vocabulary; offsets go to DraftVocab.from_d2t(d2t, target_size).",
+            remedy="t2d is a bool mask of the target vocabulary; offsets go to DraftVocab.from_d2t(d2t, target_size).",
         )
         target_ids = t2d.detach().nonzero().squeeze(-1)
         if target_ids.numel() == 0:
