@@ -30,14 +30,12 @@ def lse_argmax_kernel(
     at = tl.zeros([BLOCK_V], tl.int32)
     whole = n_cols // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
-        offs_v = start + lanes
-        x = load_logits(x_ptr, offs_v, n_cols, scale, False)
-        top, total, at = update_argmax(top, total, at, x, offs_v)
+        x = load_logits(x_ptr, start + lanes, n_cols, scale, False)
+        top, total, at = update_argmax(top, total, at, x, start)
     if whole < n_cols:
-        offs_v = whole + lanes
-        x = load_logits(x_ptr, offs_v, n_cols, scale, True)
-        top, total, at = update_argmax(top, total, at, x, offs_v)
+        x = load_logits(x_ptr, whole + lanes, n_cols, scale, True)
+        top, total, at = update_argmax(top, total, at, x, whole)
 
-    tl.store(argmax_ptr + row, argmax(top, at).to(tl.int64))
+    tl.store(argmax_ptr + row, argmax(top, at, lanes).to(tl.int64))
     if HAS_LSE:
         tl.store(lse_ptr + row, logsumexp(top, total))

@@ -55,10 +55,10 @@ def update(top, total, x):
 
 
 @triton.jit
-def update_argmax(top, total, at, x, offs_v):
-    """`update`, with the first column at which each lane met its maximum."""
+def update_argmax(top, total, at, x, start):
+    """`update`, with the start of the first tile in which each lane met its maximum."""
     top, total, _, bigger = update(top, total, x)
-    return top, total, tl.where(bigger, offs_v, at)
+    return top, total, tl.where(bigger, start, at)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def logsumexp(top, total):
 
 
 @triton.jit
-def argmax(top, at):
+def argmax(top, at, lanes):
     """The lowest column that has the maximum of all lanes."""
-    first = tl.where(top == tl.max(top, 0), at, 2147483647)
+    first = tl.where(top == tl.max(top, 0), at + lanes, 2147483647)
     return tl.min(first, 0)

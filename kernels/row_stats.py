@@ -38,13 +38,26 @@ from .online_softmax import (
 
 @triton.jit
 def _first_pass(
-    z_ptr, t_ptr, offs_v, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, MASKED: tl.constexpr
+    z_ptr,
+    t_ptr,
+    start,
+    lanes,
+    n_cols,
+    z_scale,
+    t_scale,
+    z_top,
+    z_total,
+    z_at,
+    t_top,
+    t_total,
+    t_at,
+    MASKED: tl.constexpr,
 ):
-    z = load_logits(z_ptr, offs_v, n_cols, z_scale, MASKED)
-    t = load_logits(t_ptr, offs_v, n_cols, t_scale, MASKED)
-    z_top, z_total, z_at = update_argmax(z_top, z_total, z_at, z, offs_v)
+    z = load_logits(z_ptr, start + lanes, n_cols, z_scale, MASKED)
+    t = load_logits(t_ptr, start + lanes, n_cols, t_scale, MASKED)
+    z_top, z_total, z_at = update_argmax(z_top, z_total, z_at, z, start)
     # Without a use of t_at the compiler drops it.
-    t_top, t_total, t_at = update_argmax(t_top, t_total, t_at, t, offs_v)
+    t_top, t_total, t_at = update_argmax(t_top, t_total, t_at, t, start)
     return z_top, z_total, z_at, t_top, t_total, t_at
 
 
@@ -134,19 +147,19 @@ def row_stats_kernel(
     t_top, t_total, t_at = z_top, z_total, z_at
     for start in range(0, whole, BLOCK_V):
         z_top, z_total, z_at, t_top, t_total, t_at = _first_pass(
-            z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, False
+            z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, False
         )
     if whole < n_cols:
         z_top, z_total, z_at, t_top, t_total, t_at = _first_pass(
-            z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, True
+            z_ptr, t_ptr, whole, lanes, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, True
         )
     draft_lse = logsumexp(z_top, z_total)
     target_lse = logsumexp(t_top, t_total)
     tl.store(draft_lse_ptr + row, draft_lse)
     tl.store(target_lse_ptr + row, target_lse)
-    tl.store(draft_argmax_ptr + row, argmax(z_top, z_at).to(tl.int64))
+    tl.store(draft_argmax_ptr + row, argmax(z_top, z_at, lanes).to(tl.int64))
     if HAS_TARGET_ARGMAX:
-        tl.store(target_argmax_ptr + row, argmax(t_top, t_at).to(tl.int64))
+        tl.store(target_argmax_ptr + row, argmax(t_top, t_at, lanes).to(tl.int64))
 
     # Without any mass all t are -inf, and stay so when nothing but 0 is taken off.
     supported = target_lse > float("-inf")

@@ -49,12 +49,12 @@ def inputs(size, dtype):
     z[4] = z[4].round()
     t[4] = t[4].round()
     t[5] = NEG_INF
-    storages = []
+    views = []
     for x in (z, t):
         _storage, view = guarded(*x.shape, dtype)
         view.copy_(x)
-        storages.append(view)
-    return storages
+        views.append(view)
+    return views
 
 
 def run(ops, z, t, index, normalizer, acc):
@@ -85,7 +85,8 @@ def test_kernels_agree_with_their_twin(dtype, size, has_index, has_normalizer):
     acc = torch.promote_types(dtype, torch.float32)
     index = torch.tensor([0, 5, 2, 3, 4, 1], device=DEVICE) if has_index else None
     rows = t if index is None else t[index]
-    normalizer = (rows.to(acc) * SCALES[1]).logsumexp(1) + 0.25 if has_normalizer else None
+    lse = (rows.to(acc) * SCALES[1]).logsumexp(1)
+    normalizer = torch.where(lse > NEG_INF, lse + 0.25, 0) if has_normalizer else None
     out, g, (d_log_alpha, d_kl) = run(launch, z, t, index, normalizer, acc)
     # float64 arithmetic on the very numbers the kernels read; ties that rounding makes or breaks may differ
     exact = None if normalizer is None else normalizer.double()
@@ -135,7 +136,7 @@ def test_disjoint_rows_keep_their_gradient():
     z = torch.zeros(1, 64, device=DEVICE)
     z[:, :32] = 400
     out, g, _ = run(launch, z, -z + 400, None, None, torch.float32)
-    assert -405 < out.log_acceptance.item() < -390
+    assert -310 < out.log_acceptance.item() < -305  # -400 / 1.3, and little more
     assert g.isfinite().all()
     assert g.abs().max() > 0.01
 
