@@ -274,7 +274,7 @@ class _Block:
     def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_q = self.z[rows] - self.out.draft_lse[rows].unsqueeze(1)
         target_lse = _finite(self.out.target_lse[rows])
-        normalizer = target_lse if self.normalizer is None else self.normalizer[rows]
+        normalizer = target_lse if self.normalizer is None else _finite(self.normalizer[rows])
         return log_q, self.t[rows] - target_lse.unsqueeze(1), self.t[rows] - normalizer.unsqueeze(1)
 
     def _careful_statistics(self, rows: Tensor) -> None:

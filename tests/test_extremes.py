@@ -211,3 +211,18 @@ def test_a_vocabulary_of_151936(impl):
         oracle, expected = from_logits(z, t, "reference", objective)
         torch.testing.assert_close(out.loss.double(), oracle.loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_normalizer_of_minus_infinity_is_a_row_without_an_answer(impl):
+    """A target row that is -inf throughout its full vocabulary has no finite normaliser either."""
+    t2d = torch.tensor([True, True, False, True])
+    t = torch.tensor([[0.0, 1.0, 2.0, 0.5], [NEG_INF] * 4], dtype=torch.float64)
+    z = torch.tensor([[0.3, -0.2, 0.1], [0.1, 0.2, 0.4]], dtype=torch.float64)
+    target = fused_lk.Target.from_logits(t, fused_lk.DraftVocab(t2d))
+    out, gradient = from_logits(z, target, impl)
+    assert out.num_unsupported == 1
+    assert out.token_log_acceptance[1] == NEG_INF
+    assert out.loss.isfinite()
+    assert not gradient[1].any()
+    assert gradient[0].any()

@@ -158,3 +158,13 @@ def test_columns_that_are_not_adjacent_and_no_rows():
     assert torch.equal(apart, expected)
     empty = RowStats.empty(0, torch.float64, z.device, True)
     launch.stats(z[:0], t[:0], None, None, *SCALES, empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1024, 1031])
+def test_many_tiles_per_row(size, dtype, monkeypatch):
+    """The loops over tiles and the masked rest, which the interpreter's large tiles would skip."""
+    if launch.INTERPRETED:
+        monkeypatch.setattr(launch, "INTERPRETER_BLOCK_V", 128)
+    test_kernels_agree_with_their_twin(dtype, size, True, True)
+    test_lse_argmax(dtype, size)
