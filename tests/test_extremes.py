@@ -218,7 +218,7 @@ def test_a_normalizer_of_minus_infinity_is_a_row_without_an_answer(impl):
     """A target row that is -inf throughout its full vocabulary has no finite normaliser either."""
     t2d = torch.tensor([True, True, False, True])
     t = torch.tensor([[0.0, 1.0, 2.0, 0.5], [NEG_INF] * 4], dtype=torch.float64)
-    z = torch.tensor([[0.3, -0.2, 0.1], [0.1, 0.2, 0.4]], dtype=torch.float64)
+    z = torch.tensor([[3.0, -2.0, 0.1], [0.1, 0.2, 0.4]], dtype=torch.float64)
     target = fused_lk.Target.from_logits(t, fused_lk.DraftVocab(t2d))
     out, gradient = from_logits(z, target, impl)
     assert out.num_unsupported == 1
