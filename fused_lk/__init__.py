@@ -1,12 +1,13 @@
 """Fused LK losses: train draft models of speculative decoding for their acceptance rate, without full logits."""
 
 from . import reference
+from .head import TargetHead
 from .losses import lk_divergences, lk_divergences_from_logits, lk_loss, lk_loss_from_logits
 from .metrics import Divergences, LKOutput
 from .modules import LKLoss
 from .pairs import Pairs
 from .reference import expected_acceptance_length
-from .target import Target, TargetHead
+from .target import Target
 from .vocab import DraftVocab
 
 __version__ = "0.1.0"

@@ -81,7 +81,7 @@ class _Divergences(torch.autograd.Function):
         # The target is saved only to be told of changes in place between forward and backward.
         ctx.save_for_backward(
             *tensors, stats.draft_lse, stats.target_lse, stats.log_acceptance, stats.sigma, stats.kl,
-            *work.target.tensors(),
+            *work.target.tiles.tensors(),
         )  # fmt: skip
         rest = (stats.target_lse, stats.draft_argmax, stats.target_argmax)
         ctx.mark_non_differentiable(*(x for x in rest if x is not None))

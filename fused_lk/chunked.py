@@ -45,7 +45,7 @@ class Work:
 
     def accumulator(self, draft: Draft) -> torch.dtype:
         """float32, or float64 where either side is."""
-        return torch.promote_types(accumulation_dtype(draft.sources[0]), self.target.dtype)
+        return torch.promote_types(accumulation_dtype(draft.sources[0]), self.target.tiles.dtype)
 
     def tile_costs(self, draft: Draft) -> plan.TileCosts:
         return tile_costs(draft, self.target, self.layout)
@@ -62,11 +62,11 @@ class Work:
 def tile_costs(draft: Draft, target: Target, layout: Layout | Pairs) -> plan.TileCosts:
     """Bytes per column of the tiles a walk needs; 0 where logits are read where they lie."""
     draft_bytes = 0 if draft.tile_is_view(layout.in_order) else sum(dtype.itemsize for dtype in draft.tile_dtypes())
-    return plan.TileCosts(draft_bytes, target.dtype.itemsize if _needs_target_tile(target, layout) else 0)
+    return plan.TileCosts(draft_bytes, target.tiles.dtype.itemsize if _needs_target_tile(target, layout) else 0)
 
 
 def _needs_target_tile(target: Target, layout: Layout | Pairs) -> bool:
-    return target.tile_row_elements() > 0 or layout.valid is not None
+    return not target.tiles.lie_in_place() or layout.valid is not None
 
 
 class _Tiles:
@@ -79,7 +79,7 @@ class _Tiles:
         self.z = tiles[0] if tiles else None
         self.gradient = tiles[1] if len(tiles) > 1 else None
         needs_target = _needs_target_tile(work.target, work.layout)
-        self.t = Tile(targets, columns, work.target.dtype, device) if needs_target else None
+        self.t = Tile(targets, columns, work.target.tiles.dtype, device) if needs_target else None
 
     @classmethod
     def by_rows(cls, work: Work, draft: Draft) -> _Tiles:
@@ -95,7 +95,7 @@ def _walk(work: Work, draft: Draft, tiles: _Tiles) -> Iterator[tuple[Chunk, Tens
     normalizer = work.pair_normalizer()
     for chunk in work.layout.chunks:
         z, h = draft.fill(work.layout, chunk, columns, tiles.z)
-        t, index = work.target.fill(work.layout, chunk, columns, tiles.t)
+        t, index = work.target.tiles.fill(work.layout, chunk, columns, tiles.t)
         of_chunk = None if normalizer is None else normalizer[chunk.start : chunk.stop]
         yield chunk, z, h, (z, t, index, of_chunk, work.draft_scale, work.target_scale)
 
@@ -182,7 +182,7 @@ def gradients_by_vocabulary(
     for start in range(0, draft.vocab_size, step):
         columns = slice(start, min(start + step, draft.vocab_size))
         z, _ = draft.fill(layout, whole, columns, tiles.z, rows)
-        t, index = work.target.fill(layout, whole, columns, tiles.t)
+        t, index = work.target.tiles.fill(layout, whole, columns, tiles.t)
         g = z if tiles.gradient is None else tiles.gradient.view(*z.shape)
         arguments = (z, t, index, normalizer, work.draft_scale, work.target_scale)
         work.ops.gradient(*arguments, stats, d_log_alpha, d_kl, g)

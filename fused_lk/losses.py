@@ -283,7 +283,9 @@ class _Reduction:
     def __init__(self, request: Call, options: LossOptions, layout: Layout) -> None:
         self.request, self.options, self.layout = request, options, layout
         self.num_positions = request.pairs.num_positions
-        acc = torch.promote_types(torch.promote_types(request.tensors[0].dtype, torch.float32), request.target.dtype)
+        acc = torch.promote_types(
+            torch.promote_types(request.tensors[0].dtype, torch.float32), request.target.tiles.dtype
+        )
         ones = torch.ones(layout.num_pairs, dtype=acc, device=request.device)
         self.weights = ones if layout.weights is None else layout.weights.to(acc)
         self.weight_sum = self.sums(self.weights)
@@ -446,7 +448,7 @@ class _ReferenceRows:
             weight, *bias = (reference.promote(x) for x in request.tensors[draft.num_sources :])
             self.draft_logits = F.linear(self.draft_logits, weight, *bias)
         self.weights, self.target_rows, self.positions = request.pairs.dense(request.num_rows, request.device)
-        acc = torch.promote_types(self.draft_logits.dtype, target.dtype)
+        acc = torch.promote_types(self.draft_logits.dtype, target.tiles.dtype)
         self.weights = self.weights.to(torch.promote_types(acc, torch.float32))
         self.log_p = target.dense_log_probs()[self.target_rows]
         self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)

@@ -79,6 +79,13 @@ def by_rows(
     return Chunking(pairs, max(1, targets))
 
 
+def target_rows(vocab_size: int, num_rows: int, itemsize: int, budget: int | None) -> int:
+    """Rows of a chunk of the pass over the target's full vocabulary, which holds one tile: equal pieces that fit."""
+    budget = DEFAULT_WORKSPACE_MB * MIB if budget is None else budget
+    most = max(1, budget // (row_stride(vocab_size) * itemsize))
+    return max(1, -(-num_rows // max(1, -(-num_rows // most))))
+
+
 def by_vocabulary(costs: TileCosts, vocab_size: int, num_pairs: int, num_targets: int, budget: int | None) -> int:
     """Columns of a block over all rows that fit the budget."""
     budget = DEFAULT_WORKSPACE_MB * MIB if budget is None else budget

@@ -75,7 +75,8 @@ def masked_divergences(
     values = divergences(draft_logits[kept], log_p[kept], draft_temperature)
     empty = torch.zeros_like(kept, dtype=torch.promote_types(draft_logits.dtype, log_p.dtype))
     empty = promote(empty)
-    return tuple(empty.masked_scatter(kept, x.to(empty.dtype)) for x in values)
+    log_alpha, kl = (empty.masked_scatter(kept, x.to(empty.dtype)) for x in values)
+    return log_alpha, kl
 
 
 class ReferenceLoss(NamedTuple):

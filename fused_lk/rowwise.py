@@ -56,13 +56,13 @@ class RowStats(NamedTuple):
     @classmethod
     def empty(cls, n: int, dtype: torch.dtype, device: torch.device, target_argmax: bool) -> RowStats:
         """Unwritten statistics of `n` rows."""
-        floats = (torch.empty(n, dtype=dtype, device=device) for _ in range(5))
-        indices = (torch.empty(n, dtype=torch.long, device=device) for _ in range(1 + target_argmax))
+        floats = [torch.empty(n, dtype=dtype, device=device) for _ in range(5)]
+        indices = [torch.empty(n, dtype=torch.long, device=device) for _ in range(1 + target_argmax)]
         return cls(*floats, *indices)
 
     def rows(self, start: int, stop: int) -> RowStats:
         """The same statistics of rows `start:stop`, as views."""
-        return RowStats(*(None if x is None else x[start:stop] for x in self))
+        return RowStats._make(None if x is None else x[start:stop] for x in self)
 
 
 # d_log_alpha and d_kl, [n] each, from the statistics of rows start:stop
@@ -70,16 +70,17 @@ Coefficients = Callable[[int, int, RowStats], tuple[Tensor, Tensor]]
 
 
 def row_ops(impl: str, device: torch.device) -> ModuleType:
-    """The module of row operations for `impl` ("auto", "triton", "torch") on `device`.
+    """The module of row operations for `impl` on `device`.
 
-    A named choice never falls back; "auto" takes Triton on a GPU and PyTorch elsewhere.
+    A named choice never falls back; "auto" takes Triton on a GPU and PyTorch elsewhere. (What the reference needs of
+    them is the target's pass, in PyTorch.)
 
     Raises:
         ValueError: "triton" where Triton is not installed, or cannot run on `device`.
     """
     if impl == "auto":
         impl = "triton" if device.type in ("cuda", "xpu") and _triton_installed() else "torch"
-    if impl == "torch":
+    if impl in ("torch", "reference"):
         return sys.modules[__name__]
     if not _triton_installed():
         validation.fail(

@@ -171,7 +171,7 @@ def test_garbage_in_ignored_rows_never_leaks(impl, skip_masked, kind):
     dirty = make_problem(kind=kind, num_tokens=6)
     mask = torch.tensor([True, False, True, False, True, True])
     garbage = torch.tensor([float("nan"), float("inf"), NEG_INF]).repeat(20)
-    for x in (dirty.sources[0], *dirty.target.tensors()[:1]):
+    for x in (dirty.sources[0], *dirty.target.tiles.tensors()[:1]):
         x[~mask] = garbage[: x.shape[1]].double()
     if dirty.target._log_normalizer is not None and kind != "probs":
         dirty.target._log_normalizer[~mask] = float("nan")

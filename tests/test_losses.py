@@ -81,11 +81,11 @@ def test_logits_in_hand(impl, work):
 def test_the_logits_of_the_caller_are_left_alone(objective):
     problem = make_problem(kind="shared_logits", bias=False)
     logits = (problem.sources[0] @ problem.weight.T).requires_grad_()
-    before, target_before = logits.detach().clone(), problem.target.tensors()[0].clone()
+    before, target_before = logits.detach().clone(), problem.target.tiles.tensors()[0].clone()
     out = fused_lk.lk_loss_from_logits(logits, problem.target, objective=objective)
     out.loss.backward()
     assert torch.equal(logits, before)
-    assert torch.equal(problem.target.tensors()[0], target_before)
+    assert torch.equal(problem.target.tiles.tensors()[0], target_before)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

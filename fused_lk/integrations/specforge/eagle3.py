@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import validation
+from ...head import TargetHead
 from ...losses import lk_divergences
 from ...metrics import Divergences
 from ...pairs import Pairs
-from ...target import Target, TargetHead
+from ...target import Target
 from ...vocab import DraftVocab
 from .. import seams
 from .lk_loss import acceptance_means, compute_lk_loss

@@ -1,0 +1,50 @@
+"""The target's `lm_head`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import validation
+from .vocab import DraftVocab
+
+
+class TargetHead:
+    """The target's `lm_head`, with the draft vocabulary's rows sliced once; keep it across batches.
+
+    Args:
+        lm_head_weight: `[V_target, H_target]`; detached, it never receives a gradient.
+        vocab: the draft vocabulary; None: both models share one vocabulary (nothing is copied).
+        bias: optional `[V_target]`.
+
+    The slice is a copy: make a new head after the weight has changed.
+    """
+
+    def __init__(self, lm_head_weight: Tensor, vocab: DraftVocab | None = None, bias: Tensor | None = None) -> None:
+        validation.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=validation.FLOATS)
+        check_vocab(vocab, lm_head_weight.shape[0], "lm_head_weight")
+        if bias is not None:
+            validation.tensor("bias", bias, dtypes=[lm_head_weight.dtype])
+            validation.shape("bias", bias, (lm_head_weight.shape[0],), "one per row of lm_head_weight")
+            validation.same_device(lm_head_weight.device, bias=bias)
+        self.weight = lm_head_weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.vocab = None if vocab is None else vocab.to(self.weight.device)
+        ids = None if self.vocab is None else self.vocab.target_ids
+        self.draft_weight = self.weight if ids is None else self.weight[ids]
+        self.draft_bias = self.bias if ids is None or self.bias is None else self.bias[ids]
+
+
+def check_vocab(vocab: Any, size: int, name: str) -> None:
+    """`vocab` is None, or a `DraftVocab` over `size` target tokens, as `name` has."""
+    if vocab is None:
+        return
+    if not isinstance(vocab, DraftVocab):
+        validation.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
+    if vocab.target_size != size:
+        validation.fail(
+            f"a DraftVocab over {size} target tokens, as {name} has",
+            vocab,
+            "Pad or trim t2d to the target's vocabulary.",
+        )
