@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import chunked, plan
 from .chunked import Draft, Work
 from .draft import LinearDraft, LogitsDraft, times
-from .objective import Mix, coefficients, token_loss
+from .objective import MixRule, coefficients, token_loss
 from .rowwise import RowStats
 
 
@@ -40,22 +40,90 @@ class PairResults(NamedTuple):
     draft_argmax: Tensor
     target_argmax: Tensor | None
 
+    @classmethod
+    def of(cls, stats: RowStats) -> PairResults:
+        return cls(stats.log_acceptance, stats.kl, stats.target_lse, stats.draft_argmax, stats.target_argmax)
+
 
 def divergences(work: Work, layout: DraftTensors, tensors: Sequence[Tensor]) -> PairResults:
     """`log_acceptance` and `kl`, differentiable in `tensors`; logits are made again in the backward."""
     return PairResults(*_Divergences.apply(work, layout, *tensors))
 
 
-# The mix of pairs start:stop, from their log alpha.
-MixOf = Callable[[int, int, Tensor], Mix]
-
-
 def loss_in_one_pass(
-    work: Work, layout: DraftTensors, tensors: Sequence[Tensor], weights: Tensor, mix_of: MixOf
+    work: Work, layout: DraftTensors, tensors: Sequence[Tensor], weights: Tensor, mix_of: MixRule
 ) -> tuple[Tensor, PairResults]:
     """`sum_i weights_i * token_loss_i` with its gradient made in the forward; the rest is detached."""
     loss, *results = _OnePass.apply(work, layout, weights, mix_of, *tensors)
     return loss, PairResults(*results)
+
+
+def divergence_gradients(
+    work: Work,
+    layout: DraftTensors,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    stats: RowStats,
+    d_log_alpha: Tensor | None,
+    d_kl: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of `sum d_log_alpha * log alpha + d_kl * KL`, in the tensors' shapes; None where not needed."""
+    if (d_log_alpha is None and d_kl is None) or work.layout.num_pairs == 0:
+        return [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=True)]
+    counts = stats.target_lse > float("-inf")
+    if work.layout.valid is not None:
+        counts &= work.layout.valid
+    zero = torch.zeros_like(stats.kl)
+    d_log_alpha = zero if d_log_alpha is None else torch.where(counts, d_log_alpha, 0)
+    d_kl = zero if d_kl is None else torch.where(counts, d_kl, 0)
+    scale = near_unit_scale(d_log_alpha, d_kl)
+    draft = layout.build(tensors)
+    needs_weight = layout.linear and needs[layout.num_sources]
+    by_vocabulary = plan.walks_by_vocabulary(draft.vocab_size, work.layout.num_pairs, needs_weight)
+    walk = chunked.gradients_by_vocabulary if by_vocabulary else chunked.gradients_by_rows
+    gradients = walk(work, draft, needs, stats, d_log_alpha / scale, d_kl / scale, scale)
+    return _shaped(gradients, [x.shape for x in tensors])
+
+
+class OnePass(NamedTuple):
+    """What one pass over the logits gives: the loss, and its gradients as they wait for the upstream one.
+
+    Attributes:
+        scale: `[1]`, what `held` is to be multiplied by, beside the upstream gradient.
+        held: of `(*sources, weight[, bias])`, rows flattened; None where not needed.
+    """
+
+    loss: Tensor
+    stats: RowStats
+    scale: Tensor
+    held: list[Tensor | None]
+
+
+def one_pass(
+    work: Work, layout: DraftTensors, tensors: Sequence[Tensor], needs: Sequence[bool], weights: Tensor, mix_of: MixRule
+) -> OnePass:
+    """`sum_i weights_i * token_loss_i` and its gradients, near unit scale."""
+    scale = near_unit_scale(weights)
+    near_unit = weights / scale
+
+    def of_rows(start: int, stop: int, stats: RowStats) -> tuple[Tensor, Tensor]:
+        d_log_alpha, d_kl = coefficients(mix_of(start, stop, stats.log_acceptance), stats.log_acceptance)
+        c = near_unit[start:stop]
+        return torch.where(c > 0, c * d_log_alpha, 0), c * d_kl
+
+    stats, held = chunked.one_pass(work, layout.build(tensors), needs, of_rows)
+    mix = mix_of(0, weights.shape[0], stats.log_acceptance)
+    loss = (weights * token_loss(mix, stats.log_acceptance, stats.kl)).sum()
+    return OnePass(loss, stats, scale, held)
+
+
+def release(
+    held: Sequence[Tensor | None], scale: Tensor, d_loss: Tensor, like: Sequence[tuple[torch.dtype, torch.Size]]
+) -> list[Tensor | None]:
+    """What one pass held, times its scale and the upstream gradient, in the dtypes and shapes of `like`."""
+    scale = scale * d_loss
+    gradients = [times(x, scale, dtype, in_place=False) for x, (dtype, _) in zip(held, like, strict=True)]
+    return _shaped(gradients, [shape for _, shape in like])
 
 
 def near_unit_scale(*coefficients: Tensor) -> Tensor:
@@ -79,80 +147,42 @@ class _Divergences(torch.autograd.Function):
         ctx.work, ctx.layout = work, layout
         ctx.set_materialize_grads(False)
         # The target is saved only to be told of changes in place between forward and backward.
-        ctx.save_for_backward(
-            *tensors, stats.draft_lse, stats.target_lse, stats.log_acceptance, stats.sigma, stats.kl,
-            *work.target.tiles.tensors(),
-        )  # fmt: skip
-        rest = (stats.target_lse, stats.draft_argmax, stats.target_argmax)
-        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
-        return stats.log_acceptance, stats.kl, *rest
+        ctx.save_for_backward(*tensors, *stats[:5], *work.target.tiles.tensors())
+        results = PairResults.of(stats)
+        ctx.mark_non_differentiable(*(x for x in results[2:] if x is not None))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_log_alpha: Tensor | None, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        work, layout = ctx.work, ctx.layout
-        num_tensors = len(ctx.needs_input_grad) - 2
-        saved = ctx.saved_tensors
-        tensors, (draft_lse, target_lse, log_alpha, sigma, kl) = saved[:num_tensors], saved[num_tensors:][:5]
         needs = ctx.needs_input_grad[2:]
-        if (d_log_alpha is None and d_kl is None) or work.layout.num_pairs == 0:
-            return None, None, *_zeros(tensors, needs)
-        zero = torch.zeros_like(kl)
-        supported = target_lse > float("-inf")
-        d_log_alpha = zero if d_log_alpha is None else torch.where(supported, d_log_alpha, 0)
-        d_kl = zero if d_kl is None else torch.where(supported, d_kl, 0)
-        if work.layout.valid is not None:
-            d_log_alpha = torch.where(work.layout.valid, d_log_alpha, 0)
-            d_kl = torch.where(work.layout.valid, d_kl, 0)
-        scale = near_unit_scale(d_log_alpha, d_kl)
-        draft = layout.build(tensors)
-        stats = RowStats(draft_lse, target_lse, log_alpha, sigma, kl, torch.empty(0))
-        linear = layout.linear and needs[layout.num_sources]
-        by_vocabulary = plan.walks_by_vocabulary(draft.vocab_size, work.layout.num_pairs, linear)
-        walk = chunked.gradients_by_vocabulary if by_vocabulary else chunked.gradients_by_rows
-        gradients = walk(work, draft, needs, stats, d_log_alpha / scale, d_kl / scale, scale)
-        return None, None, *_shaped(gradients, [x.shape for x in tensors])
+        tensors, saved = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
+        stats = RowStats.without_argmax(saved[:5])
+        gradients = divergence_gradients(ctx.work, ctx.layout, tensors, needs, stats, d_log_alpha, d_kl)
+        return None, None, *gradients
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, work: Work, layout: DraftTensors, weights: Tensor, mix_of: MixOf, *tensors: Tensor
+        ctx: Any, work: Work, layout: DraftTensors, weights: Tensor, mix_of: MixRule, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        scale = near_unit_scale(weights)
-        near_unit = weights / scale
-
-        def of_rows(start: int, stop: int, stats: RowStats) -> tuple[Tensor, Tensor]:
-            d_log_alpha, d_kl = coefficients(mix_of(start, stop, stats.log_acceptance), stats.log_acceptance)
-            c = near_unit[start:stop]
-            return torch.where(c > 0, c * d_log_alpha, 0), c * d_kl
-
-        needs = ctx.needs_input_grad[4:]
-        stats, held = chunked.one_pass(work, layout.build(tensors), needs, of_rows)
-        mix = mix_of(0, weights.shape[0], stats.log_acceptance)
-        loss = (weights * token_loss(mix, stats.log_acceptance, stats.kl)).sum()
+        made = one_pass(work, layout, tensors, ctx.needs_input_grad[4:], weights, mix_of)
         ctx.like = [(x.dtype, x.shape) for x in tensors]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scale, *held)
-        results = (stats.log_acceptance, stats.kl, stats.target_lse, stats.draft_argmax, stats.target_argmax)
+        ctx.save_for_backward(made.scale, *made.held)
+        results = PairResults.of(made.stats)
         ctx.mark_non_differentiable(*(x for x in results if x is not None))
-        return loss, *results
+        return made.loss, *results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         scale, *held = ctx.saved_tensors
-        if d_loss is None:
-            return (None,) * (4 + len(held))
-        scale = scale * d_loss
-        gradients = [times(x, scale, dtype, in_place=False) for x, (dtype, _) in zip(held, ctx.like, strict=True)]
-        return None, None, None, None, *_shaped(gradients, [shape for _, shape in ctx.like])
+        gradients = [None] * len(held) if d_loss is None else release(held, scale, d_loss, ctx.like)
+        return None, None, None, None, *gradients
 
 
-def _shaped(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> tuple[Tensor | None, ...]:
+def _shaped(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor | None]:
     """Gradients of flattened rows in the shapes that the caller's tensors have."""
-    return tuple(x if x is None else x.view(shape) for x, shape in zip(gradients, shapes, strict=True))
-
-
-def _zeros(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=True))
+    return [x if x is None else x.view(shape) for x, shape in zip(gradients, shapes, strict=True)]

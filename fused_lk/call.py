@@ -48,13 +48,11 @@ class Call:
     def needs_weight_gradient(self) -> bool:
         return torch.is_grad_enabled() and self.draft.linear and self.tensors[self.draft.num_sources].requires_grad
 
-    def work(self, *, in_one_pass: bool, wants_target_argmax: bool = False) -> Work:
-        """The request cut into chunks."""
+    def work(self, needs_weight: bool, *, in_one_pass: bool, wants_target_argmax: bool = False) -> Work:
+        """The request cut into chunks; `needs_weight` says whether the head will want a gradient."""
         draft, target, pairs = self.draft.build(self.tensors), self.target, self.pairs
         num_pairs = self.num_rows if pairs.num_pairs is None else pairs.num_pairs
-        by_vocabulary = not in_one_pass and plan.walks_by_vocabulary(
-            draft.vocab_size, num_pairs, self.needs_weight_gradient
-        )
+        by_vocabulary = not in_one_pass and plan.walks_by_vocabulary(draft.vocab_size, num_pairs, needs_weight)
         chunking = plan.by_rows(
             chunked.tile_costs(draft, target, pairs),
             draft.vocab_size,
@@ -62,7 +60,7 @@ class Call:
             pairs.num_targets(self.num_rows),
             self.device,
             self.budget,
-            accumulates_weight=self.needs_weight_gradient and not by_vocabulary,
+            accumulates_weight=needs_weight and not by_vocabulary,
         )
         return Work(
             target=target,

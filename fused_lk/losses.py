@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, call, reference
+from . import call, reference
 from . import plan as plans
 from .autograd import PairResults
 from .call import Call
+from .engine import engine
 from .metrics import Divergences, LKOutput, position_sums, ratio
-from .objective import FIXED, NEG_INF, Mix, adaptive_kl_weight, token_loss
+from .objective import FIXED, NEG_INF, MixRule, adaptive_kl_weight, token_loss
 from .options import LossOptions, per_position
-from .pairs import Layout, Pairs
+from .pairs import Pairs
 from .target import Target
 
 
@@ -250,22 +251,20 @@ def lk_loss_from_logits(
 def _divergences(request: Call) -> Divergences:
     if request.impl == "reference":
         return _reference_divergences(request)
-    work = request.work(in_one_pass=False)
     with torch.autocast(request.device.type, enabled=False):
-        pairs = autograd.divergences(work, request.draft, request.tensors)
+        by = engine(request)
+        layout, pairs = by.layout, by.divergences()
     ids = request.target.to_target_ids(pairs.draft_argmax)
     per_pair = (pairs.log_acceptance, pairs.kl, pairs.log_acceptance.exp(), ids)
-    return Divergences(*(work.layout.per_row(x, request.num_rows).view(request.shape) for x in per_pair))
+    return Divergences(*(layout.per_row(x, request.num_rows).view(request.shape) for x in per_pair))
 
 
 def _loss(request: Call, options: LossOptions, requested_plan: str) -> LKOutput:
     one_pass = plans.resolve(requested_plan, _obstacle(options)) == "one_pass" and request.needs_gradient
     if request.impl == "reference":
         return _reference_loss(request, options)
-    target = request.target
-    work = request.work(in_one_pass=one_pass, wants_target_argmax=target.finds_argmax_in_tiles)
     with torch.autocast(request.device.type, enabled=False):
-        return _Reduction(request, options, work.layout).run(work, one_pass)
+        return _Reduction(request, options, one_pass).run()
 
 
 def _obstacle(options: LossOptions) -> str | None:
@@ -280,8 +279,11 @@ def _obstacle(options: LossOptions) -> str | None:
 class _Reduction:
     """Weights, positions and denominators of one call's pairs, and the output made with them."""
 
-    def __init__(self, request: Call, options: LossOptions, layout: Layout) -> None:
-        self.request, self.options, self.layout = request, options, layout
+    def __init__(self, request: Call, options: LossOptions, one_pass: bool) -> None:
+        self.request, self.options, self.one_pass = request, options, one_pass
+        wants_target_argmax = request.target.finds_argmax_in_tiles
+        self.engine = engine(request, one_pass=one_pass, wants_target_argmax=wants_target_argmax)
+        self.layout = layout = self.engine.layout
         self.num_positions = request.pairs.num_positions
         acc = torch.promote_types(
             torch.promote_types(request.tensors[0].dtype, torch.float32), request.target.tiles.dtype
@@ -299,13 +301,11 @@ class _Reduction:
         positions = self.layout.positions
         return x[0].expand(self.layout.num_pairs) if positions is None else x[positions]
 
-    def run(self, work: autograd.Work, one_pass: bool) -> LKOutput:
-        if one_pass:
-            loss, pairs = autograd.loss_in_one_pass(
-                work, self.request.draft, self.request.tensors, self._coefficients(), self._mix_of_block
-            )
+    def run(self) -> LKOutput:
+        if self.one_pass:
+            loss, pairs = self.engine.loss_in_one_pass(self._coefficients(), self._mix_rule())
             return self._output(loss, pairs, self._kl_weights(pairs.log_acceptance))
-        pairs = autograd.divergences(work, self.request.draft, self.request.tensors)
+        pairs = self.engine.divergences()
         kl_weight = self._kl_weights(pairs.log_acceptance.detach())
         per_pair = token_loss(self.options.mix(kl_weight), pairs.log_acceptance, pairs.kl)
         return self._output(self._reduce(per_pair), pairs, kl_weight)
@@ -335,10 +335,8 @@ class _Reduction:
             of_position = self._divide(of_position)
         return self.weights * self.of_pair(of_position)
 
-    def _mix_of_block(self, start: int, stop: int, log_acceptance: Tensor) -> Mix:
-        if self.kl_weight is None:
-            return self.options.mix(self._kl_weights(log_acceptance))
-        return self.options.mix(self.kl_weight[start:stop])
+    def _mix_rule(self) -> MixRule:
+        return MixRule(self.options.objective, self.options.eta, self.options.kl_scale, self.kl_weight)
 
     def _kl_weights(self, log_acceptance: Tensor) -> Tensor | None:
         """Lambda per pair; None for objectives that have none."""

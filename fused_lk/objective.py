@@ -10,6 +10,7 @@ recompute plan differentiates `token_loss` by autograd, the one-pass plan asks `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,29 @@ def blend(kl_weight: Tensor | float) -> Mix:
 def adaptive_kl_weight(acceptance: Tensor, eta: float, kl_scale: float) -> Tensor:
     """`lam = kl_scale * exp(-eta * stop_grad(acceptance))` (arXiv 2602.23881; kl_scale: SpecForge)."""
     return kl_scale * torch.exp(-eta * acceptance.detach())
+
+
+@dataclass(frozen=True)
+class MixRule:
+    """The mix of each pair as a function of its own log alpha: all that the one-pass plan knows of the options.
+
+    Attributes:
+        objective, eta, kl_scale: as in `lk_loss`.
+        kl_weight: `[P]`, lambda given; None: each token's own.
+    """
+
+    objective: str
+    eta: float
+    kl_scale: float
+    kl_weight: Tensor | None
+
+    def __call__(self, start: int, stop: int, log_acceptance: Tensor) -> Mix:
+        """The mix of pairs start:stop."""
+        if self.objective != "lambda":
+            return FIXED[self.objective]
+        if self.kl_weight is not None:
+            return blend(self.kl_weight[start:stop])
+        return blend(adaptive_kl_weight(log_acceptance.exp(), self.eta, self.kl_scale))
 
 
 def token_loss(mix: Mix, log_acceptance: Tensor, kl: Tensor) -> Tensor:

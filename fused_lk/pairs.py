@@ -7,6 +7,7 @@ list of pairs. Rows that are not in it cost nothing.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ class Pairs:
         num_positions: how many positions there are; required with `positions`.
         skip_masked: compact the rows, at the price of one host synchronisation here. False keeps every row (no
             synchronisation, static shapes, as CUDA graphs need) and gives ignored rows exact zeros after the GEMMs;
-            contents are then not checked.
+            contents are then not checked. Under `torch.compile` rows are compacted inside the loss's operator, and
+            the target rows' range is all that is checked.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; negative or NaN weights; target rows below -1;
@@ -73,7 +75,7 @@ class Pairs:
         flat = {name: x.detach().reshape(-1) for name, x in given.items()}
         mask, target_rows, positions = (flat.get(name) for name in ("mask", "target_rows", "positions"))
         weights = None if mask is None or mask.dtype == torch.bool else mask
-        if skip_masked:
+        if skip_masked and not torch.compiler.is_compiling():
             self._compact(mask, target_rows, positions, weights)
         else:
             self._keep(mask, target_rows, positions, weights)
@@ -150,7 +152,7 @@ class Pairs:
         """Number of pairs (of rows, with `skip_masked=False`); None if that depends on the draft."""
         if self.draft_rows is not None:
             return self.draft_rows.shape[0]
-        return None if self.shape is None else int(np.prod(self.shape))
+        return None if self.shape is None else math.prod(self.shape)
 
     @property
     def in_order(self) -> bool:
@@ -190,8 +192,8 @@ class Pairs:
                     f"{num_targets} target rows",
                     "Pass target_rows: for each draft row, the row of the flattened target.",
                 )
-            used = np.arange(num_rows)
-        elif not self.skip_masked or self.num_pairs == 0:
+            used = slice(None)
+        elif self.draft_rows is None or self.num_pairs == 0:
             return
         else:
             used = self._host_targets
@@ -207,6 +209,16 @@ class Pairs:
                 f"{int((~computed[used]).sum())} pair(s) outside",
                 "Pass Target.from_hidden a mask that covers them.",
             )
+
+    def row_layout(self, num_rows: int, device: torch.device) -> Layout:
+        """Every draft row as a pair of its own, without chunks: what is left to do around an operator's results."""
+        weights, target_rows, positions, valid = self.weights, self.target_rows, self.positions, self.valid
+        if self.draft_rows is not None:
+            weights, target_rows, positions = self.dense(num_rows, device)
+            valid = weights > 0
+        return Layout(
+            num_rows, None, None, target_rows, target_rows, None, weights, positions, valid, (), num_rows, num_rows
+        )
 
     def layout(self, num_rows: int, num_sources: int, max_pairs: int, max_targets: int) -> Layout:
         """The pairs cut into chunks of at most `max_pairs` pairs and `max_targets` distinct target rows.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -59,6 +59,12 @@ class RowStats(NamedTuple):
         floats = [torch.empty(n, dtype=dtype, device=device) for _ in range(5)]
         indices = [torch.empty(n, dtype=torch.long, device=device) for _ in range(1 + target_argmax)]
         return cls(*floats, *indices)
+
+    @classmethod
+    def without_argmax(cls, floats: Sequence[Tensor]) -> RowStats:
+        """The five statistics that a gradient needs."""
+        draft_lse, target_lse, log_acceptance, sigma, kl = floats
+        return cls(draft_lse, target_lse, log_acceptance, sigma, kl, torch.empty(0, dtype=torch.long))
 
     def rows(self, start: int, stop: int) -> RowStats:
         """The same statistics of rows `start:stop`, as views."""
