@@ -195,7 +195,7 @@ def _divergences_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
         draft=draft, target=target, log_normalizer=normalizer, valid=valid, target_rows=target_rows
     )
     needs = list(ctx.needs_input_grad[0])
-    made = row_gradients(*flat, *stats, gradients[2], gradients[4], needs)
+    made = row_gradients.operator(*flat, *stats, gradients[2], gradients[4], needs)
     return _to_inputs(made, needs, flat.target, len(FlatCall._fields))
 
 

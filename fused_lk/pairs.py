@@ -193,7 +193,7 @@ class Pairs:
                     "Pass target_rows: for each draft row, the row of the flattened target.",
                 )
             used = slice(None)
-        elif self.draft_rows is None or self.num_pairs == 0:
+        elif self.draft_rows is None or self.num_pairs == 0 or torch.compiler.is_compiling():
             return
         else:
             used = self._host_targets

@@ -82,7 +82,7 @@ def number(name: str, value: Any, *, minimum: float | None = None, above: float 
     if isinstance(value, bool) or not isinstance(value, int | float):
         fail(f"{name} to be a finite number{bound}", value, f"Pass {name} as a Python float.", TypeError)
     low = (minimum is not None and value < minimum) or (above is not None and value <= above)
-    if not math.isfinite(value) or low:
+    if not -math.inf < value < math.inf or low:  # false for NaN; math.isfinite cannot be traced
         fail(f"{name} to be a finite number{bound}", value, f"Choose {name}{bound or ' finite'}.")
     return float(value)
 
