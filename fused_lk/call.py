@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,25 @@ from . import chunked, plan, validation
 from .autograd import DraftTensors
 from .chunked import Work
 from .pairs import Pairs
-from .rowwise import row_ops
+from .rowwise import IMPLS, row_ops
 from .target import Target
 
-IMPLS = ("auto", "triton", "torch", "reference")
+
+def _wide_logits(logits_dtype: str | torch.dtype) -> torch.dtype | None:
+    if logits_dtype not in ("compute", torch.float32):
+        validation.fail('logits_dtype to be "compute" or torch.float32', logits_dtype, "Choose one of these.")
+    return None if logits_dtype == "compute" else torch.float32
+
+
+# The options of a call that are not tensors, and how each is checked.
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "impl": partial(validation.choice, "impl", options=IMPLS),
+    "plan": partial(validation.choice, "plan", options=plan.PLANS),
+    "draft_temperature": partial(validation.number, "draft_temperature", above=0),
+    "workspace_mb": plan.workspace_bytes,
+    "logits_dtype": _wide_logits,
+    "skip_masked": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ def linear(
     validation.tensor("draft_lm_head_weight", weight, ndim=2, dtypes=validation.FLOATS)
     sources, shape = _sources("draft_hidden", hidden)
     device = sources[0].device
-    validation.same_device(device, draft_lm_head_weight=weight, bias=bias)
+    validation.same_device(device, draft_lm_head_weight=weight)
     if sources[0].shape[-1] != weight.shape[1]:
         validation.fail(
             f"draft_hidden with last dimension {weight.shape[1]}, the hidden size of draft_lm_head_weight",
@@ -96,6 +112,7 @@ def linear(
     if bias is not None:
         validation.tensor("bias", bias, dtypes=validation.FLOATS)
         validation.shape("bias", bias, (weight.shape[0],), "one per row of draft_lm_head_weight")
+        validation.same_device(device, bias=bias)
         tensors.append(bias)
     if torch.is_autocast_enabled(device.type):  # as torch.nn.functional.linear
         dtype = torch.get_autocast_dtype(device.type)
@@ -108,9 +125,7 @@ def linear(
                 "Convert one of them, or run under torch.autocast.",
                 TypeError,
             )
-    if logits_dtype not in ("compute", torch.float32):
-        validation.fail('logits_dtype to be "compute" or torch.float32', logits_dtype, "Choose one of these.")
-    wide = torch.float32 if logits_dtype == torch.float32 else None
+    wide = _wide_logits(logits_dtype)
     return _call(tuple(tensors), DraftTensors(len(sources), True, wide), shape, weight.shape[0], target, **options)
 
 
@@ -137,8 +152,8 @@ def _call(
     impl: str,
     workspace_mb: float | str,
 ) -> Call:
-    validation.choice("impl", impl, IMPLS)
-    validation.number("draft_temperature", draft_temperature, above=0)
+    CHECKS["impl"](impl)
+    CHECKS["draft_temperature"](draft_temperature)
     device = tensors[0].device
     if not isinstance(target, Target):
         validation.fail(

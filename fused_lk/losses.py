@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import call, reference
+from . import call, reference, validation
 from . import plan as plans
 from .autograd import PairResults
 from .call import Call
@@ -313,6 +313,7 @@ class _Reduction:
     def _given_kl_weight(self, given: float | Tensor) -> Tensor:
         """`[P]`, from a float, `[K]`, or one per token."""
         if isinstance(given, Tensor) and given.shape != (self.num_positions,) and given.shape == self.request.shape:
+            validation.same_device(self.request.device, kl_weight=given)
             of_pair = self.layout.per_pair(given.detach().reshape(-1)).to(self.weights)
             return of_pair if self.layout.valid is None else torch.where(self.layout.valid, of_pair, 0)
         return self.of_pair(per_position("kl_weight", given, self.num_positions, self.weights))

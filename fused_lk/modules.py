@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import validation
+from .call import CHECKS
 from .losses import lk_loss
 from .metrics import LKOutput
 from .options import LossOptions
@@ -19,6 +21,9 @@ class LKLoss(nn.Module):
     Args:
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, draft_temperature,
         impl, plan, workspace_mb, logits_dtype, skip_masked: as in `fused_lk.lk_loss`.
+
+    Raises:
+        TypeError, ValueError: an unknown option or one out of range; what depends on the batch is checked in the call.
     """
 
     def __init__(
@@ -38,9 +43,12 @@ class LKLoss(nn.Module):
         self.options = LossOptions(
             objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator
         )
-        unknown = set(call_options) - _CALL_OPTIONS
+        unknown = sorted(set(call_options) - set(CHECKS))
         if unknown:
-            raise TypeError(f"expected options of lk_loss; got {sorted(unknown)}. Known: {sorted(_CALL_OPTIONS)}.")
+            known = f"Known beside those of LKLoss itself: {', '.join(sorted(CHECKS))}; give inputs to the call."
+            validation.fail("options of lk_loss", ", ".join(unknown), known, TypeError)
+        for name, value in call_options.items():
+            CHECKS[name](value)
         self.call_options = call_options
 
     def forward(
@@ -57,6 +65,3 @@ class LKLoss(nn.Module):
     def extra_repr(self) -> str:
         given = {**vars(self.options), **self.call_options}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-
-
-_CALL_OPTIONS = {"draft_temperature", "impl", "plan", "workspace_mb", "logits_dtype", "skip_masked"}

@@ -20,7 +20,8 @@ class LossOptions:
     """What is minimised and how tokens are reduced; see `fused_lk.lk_loss` for the meaning of each.
 
     Raises:
-        TypeError, ValueError: an unknown name, a number out of range, a tensor of the wrong dtype.
+        TypeError, ValueError: an unknown name, a number out of range, a tensor of the wrong dtype, or, on the CPU, with
+            a negative entry (contents on a device are not read: that would synchronise).
     """
 
     objective: str = "lambda"
@@ -48,6 +49,7 @@ class LossOptions:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 validation.tensor(name, value, dtypes=validation.FLOATS)
+                validation.non_negative(name, value)
             elif value is not None:
                 validation.number(name, value, minimum=0)
         if self.kl_weight is not None and self.objective != "lambda":

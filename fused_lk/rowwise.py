@@ -30,6 +30,7 @@ from torch import Tensor
 from . import validation
 
 NEG_INF = float("-inf")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 # Elements of one block of rows. 2**20 float32 are 4 MiB a buffer; larger blocks fall out of a server's shared cache,
 # smaller ones pay more for dispatch (measured at V = 32,000: 8, 16, 32, 64 rows within 15 % of one another).
@@ -82,8 +83,9 @@ def row_ops(impl: str, device: torch.device) -> ModuleType:
     them is the target's pass, in PyTorch.)
 
     Raises:
-        ValueError: "triton" where Triton is not installed, or cannot run on `device`.
+        ValueError: an unknown name; "triton" where Triton is not installed, or cannot run on `device`.
     """
+    validation.choice("impl", impl, IMPLS)
     if impl == "auto":
         impl = "triton" if device.type in ("cuda", "xpu") and _triton_installed() else "torch"
     if impl in ("torch", "reference"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import plan, target_pass, validation
 from .head import TargetHead, check_vocab
 from .pairs import Layout
+from .rowwise import IMPLS
 from .target_tiles import HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
 from .vocab import DraftVocab
 
@@ -92,11 +93,13 @@ class Target:
                 that much memory (the one place where full logits exist).
             temperature: of the target's softmax, > 0.
             renormalize: score alpha against p renormalised on the draft vocabulary (vLLM speculators).
-            impl, workspace_mb: as in `lk_loss`, for the pass.
+            impl: "auto", "triton" or "torch", and workspace_mb: as in `lk_loss`, for the pass.
 
         Raises:
             TypeError, ValueError: wrong types, ranks, sizes, devices; `hidden` that requires grad.
         """
+        validation.choice("impl", impl, IMPLS)
+        plan.workspace_bytes(workspace_mb)
         if isinstance(head, Tensor):
             head = TargetHead(head, vocab, bias)
         elif not isinstance(head, TargetHead):
@@ -124,7 +127,6 @@ class Target:
             validation.shape("mask", mask, target.shape, "one per row of hidden")
             validation.same_device(hidden.device, mask=mask)
             flat_mask = mask.reshape(-1)
-        validation.choice("impl", impl, ("auto", "triton", "torch", "reference"))
         budget = plan.workspace_bytes(workspace_mb)
 
         def over_full_vocabulary(cache: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,6 +160,7 @@ class Target:
 
         Over a shared vocabulary (`vocab=None`) they are the draft vocabulary's logits already.
         """
+        validation.choice("impl", impl, IMPLS)
         validation.tensor("logits", logits, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("logits", logits)
         check_vocab(vocab, logits.shape[-1], "logits")
@@ -169,7 +172,6 @@ class Target:
         def over_full_vocabulary() -> tuple[Tensor, Tensor]:
             return target_pass.over_logits(rows, 1.0 / target.temperature, impl)
 
-        validation.choice("impl", impl, ("auto", "triton", "torch", "reference"))
         if vocab is None:
             target._find = over_full_vocabulary
         else:
@@ -192,6 +194,7 @@ class Target:
         """
         validation.tensor("probs", probs, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("probs", probs)
+        _check_is_vocab(vocab)
         if vocab is not None and probs.shape[-1] != vocab.draft_size:
             validation.fail(
                 f"probs with last dimension {vocab.draft_size}, the draft vocabulary",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,7 +66,7 @@ def same_device(device: torch.device, **tensors: Tensor | None) -> None:
     """All given tensors lie on `device`."""
     for name, value in tensors.items():
         if value is not None and value.device != device:
-            fail(f"{name} on {device}, where the draft is", value, f"Move it: {name}.to({str(device)!r}).")
+            fail(f"{name} on {device}, where the other tensors are", value, f"Move it: {name}.to({str(device)!r}).")
 
 
 def choice(name: str, value: Any, options: Iterable[str]) -> None:
@@ -85,6 +86,17 @@ def number(name: str, value: Any, *, minimum: float | None = None, above: float 
     if not -math.inf < value < math.inf or low:  # false for NaN; math.isfinite cannot be traced
         fail(f"{name} to be a finite number{bound}", value, f"Choose {name}{bound or ' finite'}.")
     return float(value)
+
+
+def non_negative(name: str, value: Tensor) -> None:
+    """The contents of a tensor in host memory are finite and >= 0.
+
+    Reading a device's tensor would wait for the device, so those are taken as they come; tracing sees no contents.
+    """
+    if type(value) not in (Tensor, Parameter) or value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool((torch.isfinite(value) & (value >= 0)).all()):
+        fail(f"{name} with entries that are finite and >= 0", "a negative, infinite or NaN entry", f"Check {name}.")
 
 
 def is_constant(name: str, value: Tensor) -> None:
