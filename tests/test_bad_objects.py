@@ -1,0 +1,136 @@
+"""What does not fit is refused where objects are made: vocabularies, heads, targets, pairs, the module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from refusals import H_TARGET, INF, V_TARGET, Given, K, N, V, from_hidden, meta, refuse
+
+import fused_lk
+from fused_lk import DraftVocab, Pairs, Target, TargetHead
+
+# (name, call, error, part of the message)
+OBJECTS = [
+    ("t2d: int", lambda g: DraftVocab(g.t2d.int()), TypeError, "t2d of dtype bool"),
+    ("t2d: float", lambda g: DraftVocab(g.t2d.float()), TypeError, "t2d of dtype bool"),
+    ("t2d: offsets", lambda g: DraftVocab(g.d2t), TypeError, "DraftVocab.from_d2t"),
+    ("t2d: list", lambda g: DraftVocab([True]), TypeError, "t2d to be a torch.Tensor"),
+    ("t2d: rank", lambda g: DraftVocab(g.t2d.view(3, 4)), ValueError, "t2d with 1 dimension"),
+    ("t2d: empty", lambda g: DraftVocab(torch.zeros(4, dtype=torch.bool)), ValueError, "at least one token"),
+    ("d2t: other tokens", lambda g: DraftVocab(g.t2d.roll(1), g.d2t), ValueError, "exactly the tokens that t2d keeps"),
+    ("d2t: order", lambda g: DraftVocab(g.t2d, swapped(g)), ValueError, "in increasing order"),
+    ("d2t: fewer", lambda g: DraftVocab(g.t2d, g.d2t[:-1]), ValueError, "exactly the tokens that t2d keeps"),
+    ("d2t: ids", lambda g: DraftVocab.from_d2t(g.vocab.target_ids, V_TARGET), ValueError, "offsets, not target ids"),
+    ("d2t: repeated", lambda g: DraftVocab.from_d2t(torch.tensor([1, 0]), 4), ValueError, "one target id per draft"),
+    ("d2t: negative", lambda g: DraftVocab.from_d2t(torch.tensor([-1, 0]), 4), ValueError, r"in \[0, 4\)"),
+    ("d2t: float", lambda g: DraftVocab.from_d2t(g.d2t.float(), V_TARGET), TypeError, "d2t of dtype int64"),
+    ("d2t: rank", lambda g: DraftVocab.from_d2t(g.d2t.view(3, 3), V_TARGET), ValueError, "d2t with 1 dimension"),
+    ("d2t: empty", lambda g: DraftVocab.from_d2t(g.d2t[:0], V_TARGET), ValueError, "at least one token"),
+    ("target_size", lambda g: DraftVocab.from_d2t(g.d2t, 0), ValueError, "target_size to be a positive int"),
+    ("head: rank", lambda g: TargetHead(g.target_bias), ValueError, "lm_head_weight with 2 dimension"),
+    ("head: dtype", lambda g: TargetHead(g.ids), TypeError, "lm_head_weight of dtype"),
+    ("head: t2d", lambda g: TargetHead(g.target_weight, g.t2d), TypeError, "vocab to be a DraftVocab"),
+    ("head: vocabulary", lambda g: TargetHead(g.target_weight[1:], g.vocab), ValueError, "over 11 target tokens"),
+    ("head: bias shape", lambda g: TargetHead(g.target_weight, g.vocab, g.bias), ValueError, r"bias of shape \(12,\)"),
+    ("head: bias dtype", lambda g: TargetHead(g.target_weight, bias=g.target_bias.half()), TypeError, "bias of dtype"),
+    ("head: bias device", lambda g: TargetHead(g.target_weight, bias=meta(V_TARGET)), ValueError, "bias on cpu"),
+    ("hidden: no head", lambda g: Target.from_hidden(g.states, None), TypeError, "head to be a TargetHead"),
+    ("hidden: twice", lambda g: Target.from_hidden(g.states, g.head, vocab=g.vocab), ValueError, "inside the Target"),
+    ("hidden: bare vocab", lambda g: Target.from_hidden(g.states, g.target_weight, vocab=9), TypeError, "a DraftVocab"),
+    ("hidden: rank", lambda g: Target.from_hidden(torch.tensor(1.0), g.head), ValueError, "at least 1 dim"),
+    ("hidden: dtype", lambda g: Target.from_hidden(g.states.half(), g.head), TypeError, "hidden of dtype float32"),
+    ("hidden: size", lambda g: Target.from_hidden(g.hidden.detach(), g.head), ValueError, "last dimension 3"),
+    ("hidden: device", lambda g: Target.from_hidden(meta(N, H_TARGET), g.head), ValueError, "hidden on cpu"),
+    ("hidden: grad", lambda g: Target.from_hidden(trainable(g.states), g.head), ValueError, r"hidden\.detach\(\)"),
+    ("hidden: mask dtype", lambda g: Target.from_hidden(g.states, g.head, g.mask), TypeError, "mask of dtype bool"),
+    ("hidden: mask", lambda g: Target.from_hidden(g.states, g.head, g.t2d), ValueError, r"mask of shape \(6,\)"),
+    ("hidden: mask device", lambda g: Target.from_hidden(g.states, g.head, meta(N).bool()), ValueError, "mask on cpu"),
+    ("hidden: lse", lambda g: from_hidden(g, log_normalizer=g.mask[1:]), ValueError, r"log_normalizer of shape \(6,\)"),
+    ("hidden: lse device", lambda g: from_hidden(g, log_normalizer=meta(N)), ValueError, "log_normalizer on cpu"),
+    ("hidden: lse grad", lambda g: from_hidden(g, log_normalizer=trainable(g.mask)), ValueError, r"\.detach\(\)"),
+    ("hidden: ids", lambda g: from_hidden(g, token_ids=g.rows.int()), TypeError, "token_ids of dtype int64"),
+    ("hidden: T = 0", lambda g: from_hidden(g, temperature=0), ValueError, "temperature to be a finite number > 0"),
+    ("hidden: T < 0", lambda g: from_hidden(g, temperature=-0.7), ValueError, "temperature"),
+    ("hidden: impl", lambda g: from_hidden(g, impl="cuda"), ValueError, "impl to be one of"),
+    ("hidden: reference", lambda g: from_hidden(g, impl="reference"), ValueError, "impl to be one of"),
+    ("hidden: impl unused", lambda g: Target.from_hidden(g.states, g.target_weight, impl=0), ValueError, "impl to be"),
+    ("hidden: workspace", lambda g: from_hidden(g, workspace_mb=0), ValueError, "workspace_mb"),
+    ("hidden: workspace name", lambda g: from_hidden(g, workspace_mb="big"), TypeError, "workspace_mb"),
+    ("logits: rank", lambda g: Target.from_logits(torch.tensor(1.0)), ValueError, "at least 1 dim"),
+    ("logits: dtype", lambda g: Target.from_logits(g.ids), TypeError, "logits of dtype"),
+    ("logits: grad", lambda g: Target.from_logits(trainable(g.target_logits)), ValueError, r"logits\.detach\(\)"),
+    ("logits: vocabulary", lambda g: Target.from_logits(g.probs, g.vocab), ValueError, "over 9 target tokens"),
+    ("logits: t2d", lambda g: Target.from_logits(g.target_logits, g.t2d), TypeError, "vocab to be a DraftVocab"),
+    ("logits: T", lambda g: Target.from_logits(g.target_logits, temperature=INF), ValueError, "temperature"),
+    ("logits: impl", lambda g: Target.from_logits(g.target_logits, g.vocab, impl="x"), ValueError, "impl to be one of"),
+    ("probs: rank", lambda g: Target.from_probs(torch.tensor(1.0)), ValueError, "at least 1 dim"),
+    ("probs: dtype", lambda g: Target.from_probs(g.ids), TypeError, "probs of dtype"),
+    ("probs: grad", lambda g: Target.from_probs(trainable(g.probs)), ValueError, r"probs\.detach\(\)"),
+    ("probs: vocabulary", lambda g: Target.from_probs(g.target_logits, g.vocab), ValueError, "last dimension 9"),
+    ("probs: size", lambda g: Target.from_probs(g.probs, V_TARGET), TypeError, "vocab to be a DraftVocab"),
+    ("probs: T", lambda g: Target.from_probs(g.probs, temperature=0.7), ValueError, "retempered"),
+    ("probs: T < 0", lambda g: Target.from_probs(g.probs, temperature=-1.0), ValueError, "temperature"),
+    (
+        "probs: ids",
+        lambda g: Target.from_probs(g.probs, token_ids=g.rows[1:]),
+        ValueError,
+        r"token_ids of shape \(6,\)",
+    ),
+    (
+        "topk: rank",
+        lambda g: Target.from_topk(torch.tensor(1), torch.tensor(0.0), 4),
+        ValueError,
+        "at least 1 dimension",
+    ),
+    ("topk: ids", lambda g: Target.from_topk(g.log_probs, g.log_probs, 12), TypeError, "token_ids of dtype"),
+    ("topk: shape", lambda g: Target.from_topk(g.ids, g.log_probs[1:], 12), ValueError, r"log_probs of shape \(6, 2\)"),
+    ("topk: device", lambda g: Target.from_topk(g.ids, meta(N, K), 12), ValueError, "log_probs on cpu"),
+    ("topk: grad", lambda g: Target.from_topk(g.ids, trainable(g.log_probs), 12), ValueError, r"log_probs\.detach\(\)"),
+    ("topk: vocabulary", lambda g: Target.from_topk(g.ids, g.log_probs, None), TypeError, "vocab to be a DraftVocab"),
+    ("topk: outside", lambda g: Target.from_topk(g.ids, g.log_probs, 11), ValueError, r"token_ids in \[0, 11\)"),
+    ("topk: twice", lambda g: Target.from_topk(g.ids * 0, g.log_probs, g.vocab), ValueError, "once per row"),
+    ("topk: none", lambda g: Target.from_topk(g.ids[:, :0], g.log_probs[:, :0], 12), ValueError, "at least one token"),
+    (
+        "topk: T",
+        lambda g: Target.from_topk(g.ids, g.log_probs, 12, temperature=2.0),
+        ValueError,
+        "retempered",
+    ),
+    ("pairs: shapes", lambda g: Pairs(g.mask, g.rows[1:]), ValueError, "the shape of mask"),
+    ("pairs: devices", lambda g: Pairs(g.mask, meta(N, dtype=torch.long)), ValueError, "target_rows on cpu"),
+    ("pairs: mask", lambda g: Pairs(g.mask.long()), TypeError, "mask of dtype bool"),
+    ("pairs: weights", lambda g: Pairs(-g.mask), ValueError, "finite and >= 0"),
+    ("pairs: rows", lambda g: Pairs(target_rows=g.rows - 1), ValueError, "target_rows >= -1"),
+    ("pairs: positions", lambda g: Pairs(positions=g.positions, num_positions=1), ValueError, r"in \[0, 1\)"),
+    ("pairs: how many", lambda g: Pairs(positions=g.positions), ValueError, "num_positions with positions"),
+    ("module: objective", lambda g: fused_lk.LKLoss("nll"), ValueError, "objective to be one of"),
+    ("module: input", lambda g: fused_lk.LKLoss(mask=g.mask), TypeError, "options of lk_loss"),
+    ("module: impl", lambda g: fused_lk.LKLoss(impl="cuda"), ValueError, "impl to be one of"),
+    ("module: plan", lambda g: fused_lk.LKLoss(plan="fast"), ValueError, "plan to be one of"),
+    ("module: impossible plan", lambda g: loss(g, plan="one_pass"), ValueError, "without kl_weight"),
+    ("module: workspace", lambda g: fused_lk.LKLoss(workspace_mb=0), ValueError, "workspace_mb"),
+    ("module: T", lambda g: fused_lk.LKLoss(draft_temperature=0), ValueError, "draft_temperature"),
+    ("module: dtype", lambda g: fused_lk.LKLoss(logits_dtype="half"), ValueError, "logits_dtype to be"),
+    ("module: pairs beside", lambda g: loss(g, pairs=Pairs(), mask=g.mask), ValueError, "pairs beside mask"),
+]
+
+
+def loss(given, mask=None, pairs=None, **stored):
+    return fused_lk.LKLoss(**stored)(given.hidden, given.weight, given.target, mask=mask, pairs=pairs)
+
+
+def trainable(x):
+    return x.clone().requires_grad_()
+
+
+def swapped(given):
+    """The offsets of the same tokens with the first two in each other's place."""
+    ids = given.vocab.target_ids.clone()
+    ids[:2] = ids[:2].flip(0)
+    return ids - torch.arange(V)
+
+
+@pytest.mark.parametrize(("call", "error", "match"), [row[1:] for row in OBJECTS], ids=[row[0] for row in OBJECTS])
+def test_objects(call, error, match):
+    given = Given()
+    refuse(given, lambda: call(given), (), error, match)
