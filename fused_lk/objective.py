@@ -68,11 +68,14 @@ def token_loss(mix: Mix, log_acceptance: Tensor, kl: Tensor) -> Tensor:
     """The loss per token; 0 where the target has no mass on the draft vocabulary."""
     supported = log_acceptance > NEG_INF
     log_acceptance = torch.where(supported, log_acceptance, 0.0)
-    loss = mix.kl * kl + mix.tv * -torch.expm1(log_acceptance) - mix.nla * log_acceptance
+    loss = mix.tv * -torch.expm1(log_acceptance) - mix.nla * log_acceptance
+    if isinstance(mix.kl, Tensor) or mix.kl != 0:  # KL is infinite where the draft excludes what the target may say
+        loss = loss + mix.kl * kl
     return torch.where(supported, loss, 0.0)
 
 
 def coefficients(mix: Mix, log_acceptance: Tensor) -> tuple[Tensor, Tensor]:
-    """`(d loss / d log alpha, d loss / d KL)` per token; rows without an answer are the row operations' business."""
-    d_log_alpha = -(mix.tv * log_acceptance.exp() + mix.nla)
-    return d_log_alpha, torch.zeros_like(d_log_alpha) + mix.kl
+    """`(d loss / d log alpha, d loss / d KL)` per token; 0 where `token_loss` is."""
+    supported = log_acceptance > NEG_INF
+    d_log_alpha = torch.where(supported, -(mix.tv * log_acceptance.exp() + mix.nla), 0.0)
+    return d_log_alpha, torch.where(supported, mix.kl, torch.zeros_like(d_log_alpha))

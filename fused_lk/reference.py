@@ -146,7 +146,8 @@ def lk_loss(
     else:
         lam = kl_scale * torch.exp(-eta * alpha.detach())
 
-    token_loss = -log_alpha_safe if objective == "alpha" else lam * kl + (1 - lam) * (1 - alpha)
+    kl_term = torch.where(lam > 0, lam * kl, 0.0)  # KL is infinite where q excludes what p may say
+    token_loss = -log_alpha_safe if objective == "alpha" else kl_term + (1 - lam) * (1 - alpha)
     token_loss = torch.where(counts, w * token_loss, 0.0)
 
     loss_sum = per_position(token_loss)

@@ -307,7 +307,7 @@ class _Block:
 def _w_r(log_q: Tensor, log_p: Tensor, log_alpha: Tensor) -> Tensor:
     """`w r`; selected before it is exponentiated, because 0 * exp(large) is not 0."""
     w = (1 + torch.sign(log_p - log_q)).mul_(0.5)
-    r = torch.where(w > 0, log_q - log_alpha.unsqueeze(1), NEG_INF).clamp_(max=0.0).exp_()
+    r = torch.where(w > 0, log_q - _finite(log_alpha).unsqueeze(1), NEG_INF).clamp_(max=0.0).exp_()
     return torch.nan_to_num(w) * r
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import make_problem
@@ -51,33 +53,62 @@ def test_identical_rows(impl):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("never", [-1e4, NEG_INF])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bitwise_ties_follow_torch_minimum(impl):
-    """Uniform rows with powers of two are exact in every implementation; some entries tie, some do not."""
-    z = torch.zeros(1, 16, dtype=torch.float64)
-    t = torch.zeros(1, 16, dtype=torch.float64)
-    z[0, 12:] = NEG_INF  # q = 1/12 on 12 tokens ...
-    z = torch.where(z == NEG_INF, -60.0, z)
-    t[0, :4] = torch.tensor(3.0, dtype=torch.float64).log()
-    probs = t.softmax(-1)
-    same, _ = from_logits(torch.zeros(1, 16), torch.zeros(1, 16), impl)
-    assert same.token_log_acceptance.item() == pytest.approx(0, abs=1e-12)
-    logits = probs.log()
-    logits[0, 4:] = torch.zeros(1, 16, dtype=torch.float64).log_softmax(-1)[0, 4:]
-    target = fused_lk.Target.from_probs(torch.zeros(1, 16, dtype=torch.float64).softmax(-1) * _half_tied(), None)
-    out, gradient = from_logits(torch.zeros(1, 16), target, impl)
-    oracle, expected = from_logits(torch.zeros(1, 16), target, "reference")
-    torch.testing.assert_close(out.loss, oracle.loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
-    tied = gradient[0, :8]
-    assert tied.abs().max() > 0.0  # half weights: neither 0 nor the full weight
-    assert z.shape == logits.shape
+def test_bitwise_ties_follow_torch_minimum(impl, never, plan, dtype):
+    """q is 1/8 on tokens 0 to 7, p on tokens 4 to 11, exactly so in every implementation: they tie on four tokens.
+
+    There w = 1/2, as torch.minimum shares its gradient; on the draft's other four w = 0. alpha = sigma = 1/2.
+    """
+    z, t = torch.full((2, 1, 16), never, dtype=dtype)
+    z[0, :8] = 0.0
+    t[0, 4:12] = 0.0
+    out, gradient = from_logits(z, t, impl, dtype=dtype, plan=plan)
+    sigma_q = torch.tensor([1 / 16] * 8 + [0.0] * 8, dtype=torch.float64)
+    w_r = torch.tensor([0.0] * 4 + [1 / 8] * 4 + [0.0] * 8, dtype=torch.float64)
+    rtol = 1e-15 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(out.loss.item(), math.log(2), rtol=rtol, atol=0)
+    torch.testing.assert_close(gradient[0].double(), sigma_q - w_r, rtol=0, atol=rtol)
 
 
-def _half_tied():
-    scale = torch.ones(1, 16, dtype=torch.float64)
-    scale[0, 8:] = 0.5
-    return scale
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_token_in_common(impl, plan):
+    """Draft and target exclude one another (-inf on both sides): acceptance 0, KL infinite, nothing to learn from."""
+    z = torch.tensor([[0.0, 1.0, NEG_INF, NEG_INF], [0.0, 1.0, 2.0, 3.0]])
+    t = torch.tensor([[NEG_INF, NEG_INF, 0.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    for objective in ("kl", "tv", "alpha"):
+        out, gradient = from_logits(z, t, impl, objective, plan=plan)
+        alone, expected = from_logits(z[1:], t[1:], impl, objective, plan=plan)
+        assert out.token_log_acceptance[0] == NEG_INF
+        torch.testing.assert_close(out.loss, alone.loss / 2)
+        assert not gradient[0].any()
+        torch.testing.assert_close(gradient[1:], expected / 2)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_impossible_draft_tokens(impl, plan):
+    """Draft logits of -inf, as a mask of the vocabulary makes them."""
+    z = torch.randn(3, 20, dtype=torch.float64)
+    t = torch.randn(3, 20, dtype=torch.float64)
+    z[:, ::4] = NEG_INF  # the target may say these: KL is infinite
+    for objective in ("tv", "alpha"):
+        out, gradient = from_logits(z, t, impl, objective, plan=plan)
+        oracle, expected = from_logits(z, t, "reference", objective)
+        torch.testing.assert_close(out.loss, oracle.loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+        assert out.kl == float("inf")
+    t[:, ::4] = NEG_INF  # and now it may not
+    for objective in ("kl", "lambda"):
+        options = {"kl_weight": 0.5} if objective == "lambda" else {}
+        out, gradient = from_logits(z, t, impl, objective, plan=plan, **options)
+        oracle, expected = from_logits(z, t, "reference", objective, **options)
+        assert oracle.loss.isfinite()
+        torch.testing.assert_close(out.loss, oracle.loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
