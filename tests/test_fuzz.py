@@ -1,0 +1,240 @@
+"""Random shapes, strides, dtypes, values and work lists against float64, in memory that shows every stray access.
+
+Every buffer, input or output, is a slice of poisoned storage: a lane outside a row that is read makes a result NaN, one
+that is written is seen in the guard zones. The same examples in every run.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_lk import reference, rowwise
+from fused_lk.rowwise import RowStats
+
+launch = pytest.importorskip("fused_lk.kernels.launch")
+
+NAN, NEG_INF = float("nan"), float("-inf")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CANARY = -7
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPS = {"triton": launch, "torch": rowwise}
+# The interpreter loops over tiles of 16 or 64 columns here; on the CPU another argmax starts at 1,024.
+SIZES = {"triton": st.integers(1, 70), "torch": st.integers(1, 70) | st.sampled_from([1023, 1024, 1031, 1152, 1279])}
+
+same_in_every_run = settings(derandomize=True, database=None, deadline=None)
+
+
+class Guarded:
+    """A tensor of `shape` inside poisoned storage, `step` apart in its last dimension, and what surrounds it."""
+
+    def __init__(self, *shape, dtype, gap=5, offset=3, step=1, column_major=False):
+        order = shape[::-1] if column_major else shape
+        *rows, columns = order
+        poison = NAN if dtype.is_floating_point else CANARY
+        self.storage = torch.full((*(n + 2 for n in rows), columns * step + gap + offset), poison, dtype=dtype)
+        self.storage = self.storage.to(DEVICE)
+        inside = self.storage[tuple(slice(1, -1) for _ in rows)][..., offset : offset + columns * step : step]
+        self.view = inside.t() if column_major else inside
+        self.ours = torch.zeros_like(self.storage, dtype=torch.bool)
+        self.ours[tuple(slice(1, -1) for _ in rows)][..., offset : offset + columns * step : step] = True
+
+    def fill(self, values):
+        self.view.copy_(values)
+        self.before = self.storage.clone()
+        return self.view
+
+    def assert_guards_hold(self):
+        around = self.storage[~self.ours]
+        assert (around.isnan() if around.is_floating_point() else around == CANARY).all(), "written outside"
+
+    def assert_untouched(self):
+        assert torch.equal(self.storage.nan_to_num(1e30), self.before.nan_to_num(1e30)), "an input was written"
+
+
+@st.composite
+def rows_of_logits(draw, sizes):
+    """Everything that one call of the row operations depends on."""
+    size = draw(sizes, label="V")
+    n, m = draw(st.integers(1, 5), label="n"), draw(st.integers(1, 4), label="m")
+    dtype = draw(st.sampled_from(DTYPES), label="dtype")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20), label="seed"))
+    has_index = draw(st.booleans(), label="index")
+    rows = m if has_index else n
+
+    def logits(count):
+        x = torch.randn(count, size, dtype=torch.float64, generator=generator)
+        x = x * draw(st.sampled_from([0.01, 1.0, 20.0, 200.0]), label="spread")
+        if draw(st.booleans(), label="rounded"):  # ties, for the argmax
+            x = x.round()
+        if draw(st.booleans(), label="peak"):  # the maximum at a chosen place, often the last
+            x[:, draw(st.sampled_from([0, size // 2, size - 1]))] = x.max() + 1
+        return x.to(dtype)
+
+    z, t = logits(n), logits(rows)
+    index = torch.randint(m, (n,), generator=generator) if has_index else None
+    if draw(st.booleans(), label="impossible tokens"):
+        t[torch.rand(rows, size, generator=generator) < 0.4] = NEG_INF
+    if draw(st.booleans(), label="a row without an answer"):
+        t[-1] = NEG_INF
+    if draw(st.booleans(), label="identical") and not has_index:
+        t = z.clone()
+    scales = draw(st.sampled_from([(1.0, 1.0), (1 / 0.7, 1.0), (1.0, 0.9), (1 / 3, 1 / 0.7)]), label="scales")
+    return {
+        **{"z": z, "t": t, "index": index, "scales": scales, "generator": generator},
+        "has_normalizer": draw(st.booleans(), label="normalizer"),
+        "wants_target_argmax": draw(st.booleans(), label="target argmax"),
+        "gap": draw(st.sampled_from([1, 8, 64]), label="gap"),
+        "offset": draw(st.sampled_from([0, 1, 8]), label="offset"),
+        "columns": draw(st.sampled_from(["adjacent", "adjacent", "apart", "column major"]), label="columns"),
+        "tile": draw(st.sampled_from([16, 64, 2**19]), label="tile"),
+        "in_place": draw(st.booleans(), label="in place"),
+        "blocks": draw(st.integers(1, 3), label="blocks"),
+    }
+
+
+class Truth:
+    """float64 statistics and gradients on the very numbers that the operations read."""
+
+    def __init__(self, z, t, index, normalizer, scales, acc):
+        self.z = (z.double() * scales[0]).requires_grad_()
+        rows = t if index is None else t[index]
+        self.t = rows.double() * scales[1]
+        self.target_lse = self.t.logsumexp(1)
+        self.supported = self.target_lse > NEG_INF
+        normalizer = self.target_lse if normalizer is None else normalizer.double()
+        log_p = self.t - torch.where(self.supported, normalizer, 0).unsqueeze(1)
+        self.log_alpha, self.kl = reference.divergences(self.z, log_p)
+        with torch.no_grad():
+            self.draft_lse = self.z.logsumexp(1)
+            log_q = self.z - self.draft_lse.unsqueeze(1)
+            # Rounding of x * scale, of the normaliser, of their difference, each relative to the largest number in it
+            finite = torch.where(self.t > NEG_INF, self.t, 0).abs().amax(1)
+            magnitude = self.z.abs().amax(1) + finite + torch.where(self.supported, normalizer, 0).abs() + 8
+            self.error = 4 * torch.finfo(acc).eps * magnitude
+            r = (log_q - torch.where(self.supported, self.log_alpha, 0).unsqueeze(1)).exp().clamp(max=1)
+            self.q, supported = log_q.exp(), self.supported.unsqueeze(1)
+            self.sigma = torch.where(supported & (log_q < log_p), r, 0).sum(1)
+            # where rounding decides a tie, any subgradient is right
+            close = supported & ((log_q - log_p).abs() <= 2 * self.error.unsqueeze(1))
+            self.slack = torch.where(close, r, 0)
+
+    def gradient(self, d_log_alpha, d_kl, scale):
+        total = (torch.where(self.supported, self.log_alpha * d_log_alpha, 0) + self.kl * d_kl).sum()
+        gradient = torch.autograd.grad(total, self.z)[0] * scale
+        slack = (self.slack + self.q * self.slack.sum(1, keepdim=True)) * d_log_alpha.unsqueeze(1) * scale
+        # the largest factor is d * exp(x), whose relative error is the absolute error of x
+        return gradient, slack + (self.error * 2 * (d_log_alpha + d_kl) * scale).unsqueeze(1)
+
+
+def assert_within(name, got, want, allowed):
+    same = (got.double() == want) | ((got.double() - want).abs() <= allowed)
+    assert same.all(), f"{name}: {got[~same].tolist()} is not {want[~same].tolist()}"
+
+
+@pytest.mark.parametrize("impl", OPS)
+@settings(same_in_every_run, max_examples=100)
+@given(data=st.data())
+def test_row_operations(impl, data):
+    case = data.draw(rows_of_logits(SIZES[impl]))
+    z, t, index, scales, generator = (case[name] for name in ("z", "t", "index", "scales", "generator"))
+    ops, dtype, (n, size) = OPS[impl], z.dtype, z.shape
+    acc = torch.promote_types(dtype, torch.float32)
+    layout = {"gap": case["gap"], "offset": case["offset"]}
+    if case["columns"] == "apart":
+        layout["step"] = 2
+    layout["column_major"] = case["columns"] == "column major"
+
+    def vector(values, **options):
+        guarded = Guarded(n, dtype=values.dtype, **options)
+        guarded.fill(values)
+        return guarded
+
+    rows = t if index is None else t[index]
+    lse = (rows.double() * scales[1]).logsumexp(1)
+    normalizer = torch.where(lse > NEG_INF, lse + 0.3, NEG_INF).to(acc) if case["has_normalizer"] else None
+    d_log_alpha, d_kl = torch.rand(2, n, dtype=torch.float64, generator=generator).to(acc)
+    guards = {"z": Guarded(n, size, dtype=dtype, **layout), "t": Guarded(*t.shape, dtype=dtype, **layout)}
+    guards["z"].fill(z)
+    guards["t"].fill(t)
+    for name, values in (("index", index), ("normalizer", normalizer), ("d_kl", d_kl), ("d_log_alpha", d_log_alpha)):
+        if values is not None:
+            guards[name] = vector(values, step=2 if name in ("d_kl", "d_log_alpha") else 1)
+    view = {name: guard.view for name, guard in guards.items()}
+    arguments = (view["z"], view["t"], view.get("index"), view.get("normalizer"), *scales)
+    fields = [x for x in RowStats._fields if x != "target_argmax" or case["wants_target_argmax"]]
+    outputs = {
+        name: Guarded(n, dtype=torch.long if name.endswith("argmax") else acc, offset=1, gap=1) for name in fields
+    }
+    stats = RowStats(**{name: guard.view for name, guard in outputs.items()})
+    outputs["gradient"] = guards["z"] if case["in_place"] else Guarded(n, size, dtype=dtype, **layout)
+    g = outputs["gradient"].view
+
+    truth = Truth(z, t, index, normalizer, scales, acc)
+    with (
+        mock.patch.object(launch, "INTERPRETER_BLOCK_V", case["tile"]),
+        mock.patch.object(rowwise, "BLOCK_ELEMENTS", 2 * size),
+    ):
+        ops.stats(*arguments, stats)
+        for guard in guards.values():
+            guard.assert_untouched()
+        for part in torch.arange(size).chunk(case["blocks"]):
+            columns = slice(int(part[0]), int(part[-1]) + 1)
+            block = (view["z"][:, columns], view["t"][:, columns])
+            ops.gradient(*block, *arguments[2:], stats, view["d_log_alpha"], view["d_kl"], g[:, columns])
+
+    for guard in guards.values():
+        if guard is not outputs["gradient"]:
+            guard.assert_untouched()
+    for guard in outputs.values():
+        guard.assert_guards_hold()
+    supported = truth.supported
+    for name in ("draft_lse", "target_lse"):
+        assert_within(name, getattr(stats, name), getattr(truth, name), truth.error)
+    assert_within("log alpha", stats.log_acceptance, truth.log_alpha, truth.error)
+    assert_within("kl", stats.kl, truth.kl, truth.error * (1 + truth.kl))
+    slack = truth.slack.sum(1) + 2 * truth.error
+    assert_within("sigma", stats.sigma[supported], truth.sigma[supported], slack[supported])
+    assert torch.equal(stats.draft_argmax, lowest_argmax(z))
+    if case["wants_target_argmax"]:
+        assert torch.equal(stats.target_argmax, lowest_argmax(rows))
+    gradient, allowed = truth.gradient(d_log_alpha.double(), d_kl.double(), scales[0])
+    rounding = torch.finfo(dtype).eps * gradient.abs() + torch.finfo(dtype).smallest_normal
+    assert_within("gradient", g, gradient, allowed + rounding)
+    assert not g[~supported].any()
+    if impl == "triton":
+        assert not stats.sigma[~supported].any()
+
+
+def lowest_argmax(x):
+    return (x == x.amax(1, keepdim=True)).int().argmax(1)
+
+
+@pytest.mark.parametrize("impl", OPS)
+@settings(same_in_every_run, max_examples=50)
+@given(data=st.data(), has_lse=st.booleans())
+def test_lse_argmax(impl, data, has_lse):
+    case = data.draw(rows_of_logits(SIZES[impl]))
+    x, scale = case["t"], case["scales"][1]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    step = 2 if case["columns"] == "apart" else 1
+    source = Guarded(*x.shape, dtype=x.dtype, gap=case["gap"], offset=case["offset"], step=step)
+    lse, argmax = Guarded(len(x), dtype=acc, gap=1), Guarded(len(x), dtype=torch.long, gap=1)
+    with (
+        mock.patch.object(launch, "INTERPRETER_BLOCK_V", case["tile"]),
+        mock.patch.object(rowwise, "BLOCK_ELEMENTS", 2 * x.shape[1]),
+    ):
+        OPS[impl].lse_argmax(source.fill(x), scale, lse.view if has_lse else None, argmax.view)
+    source.assert_untouched()
+    lse.assert_guards_hold()
+    argmax.assert_guards_hold()
+    assert torch.equal(argmax.view, lowest_argmax(x))
+    if has_lse:
+        exact = (x.double() * scale).logsumexp(1)
+        assert_within("lse", lse.view, exact, 4 * torch.finfo(acc).eps * (exact.abs().nan_to_num(posinf=0) + 8))
+    else:
+        assert lse.view.isnan().all()

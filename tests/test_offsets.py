@@ -1,0 +1,60 @@
+"""Rows that lie further apart than 32 bits count: a row's offset is made in 64.
+
+On the CPU the storage is a sparse file, of which the pages under the few rows alone are ever real. An
+offset that wraps around ends the process here: it points outside.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_lk import rowwise
+from fused_lk.rowwise import RowStats
+
+launch = pytest.importorskip("fused_lk.kernels.launch")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROW_STRIDE = 2**30 + 64  # elements: the last of three rows starts past 2**31
+ROWS, COLUMNS = 3, 37
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """A function: its argument with rows `ROW_STRIDE` elements apart."""
+
+    def place(values):
+        elements = (ROWS - 1) * ROW_STRIDE + COLUMNS
+        if DEVICE == "cuda":
+            flat = torch.empty(elements, dtype=torch.float16, device=DEVICE)
+        else:
+            flat = torch.from_file(str(tmp_path / "rows"), shared=True, size=elements, dtype=torch.float16)
+        return flat.as_strided((ROWS, COLUMNS), (ROW_STRIDE, 1)).copy_(values)
+
+    yield place
+    (tmp_path / "rows").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("far", ["z", "t", "gradient"])
+def test_rows_further_apart_than_32_bits(far, far_apart):
+    generator = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, ROWS, COLUMNS, generator=generator).half().to(DEVICE)
+    results = []
+    for ops, place in ((launch, far_apart), (rowwise, lambda x: x)):
+        into = {"z": z, "t": t, "gradient": torch.zeros_like(z)}
+        into[far] = place(into[far])
+        out = RowStats.empty(ROWS, torch.float32, z.device, False)
+        ones = torch.ones(ROWS, device=DEVICE)
+        ops.stats(into["z"], into["t"], None, None, 1.0, 1.0, out)
+        ops.gradient(into["z"], into["t"], None, None, 1.0, 1.0, out, ones, ones, into["gradient"])
+        results.append([*out[:6], into["gradient"].clone()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
+def test_log_sum_exp_of_rows_further_apart_than_32_bits(far_apart):
+    x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    lse, argmax = torch.zeros(ROWS, device=DEVICE), torch.zeros(ROWS, dtype=torch.long, device=DEVICE)
+    launch.lse_argmax(far_apart(x), 1.0, lse, argmax)
+    torch.testing.assert_close(lse, x.float().logsumexp(1))
+    assert torch.equal(argmax, x.argmax(1))
