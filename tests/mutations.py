@@ -1,0 +1,279 @@
+# ruff: noqa: E501 (a table)
+"""Do the tests see a bug? Each mutation breaks one line of a copy of the product and runs the tests that should notice.
+
+    python tests/mutations.py [--quick] [--jobs N] [--only TEXT]
+
+prints a Markdown table and exits with 1 if a mutation survives. The tests must pass on the unchanged copy first.
+`tests/test_mutations.py` keeps the table in step with the sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 180
+
+FUZZ = "tests/test_fuzz.py::test_row_operations[triton]"
+FUZZ_TORCH = "tests/test_fuzz.py::test_row_operations[torch]"
+TILES = "tests/test_kernels.py::test_many_tiles_per_row[1031-torch.float64]"
+TIES = "tests/test_kernels.py::test_ties_have_half_weight"
+
+
+class Mutation(NamedTuple):
+    """`original` occurs once in the files that `where` (globs) names; there it becomes `mutated`."""
+
+    kind: str
+    where: str
+    original: str
+    mutated: str
+    tests: str
+    quick: bool = False
+
+
+SOFTMAX, STATS, GRAD, LSE = (f"kernels/{x}.py" for x in ("online_softmax", "row_stats", "row_grad", "lse_argmax"))
+LAUNCH, ROWWISE = "kernels/launch.py", "fused_lk/rowwise.py"
+
+# fmt: off
+KERNELS = [
+    Mutation("mask", SOFTMAX, 'other=float("-inf"))', "other=0.0)", TILES, True),
+    Mutation("guard", SOFTMAX, "tl.load(x_ptr + offs_v, mask=offs_v < n_cols", "tl.load(x_ptr + offs_v, mask=offs_v <= n_cols", TILES),
+    Mutation("scale", SOFTMAX, "x.to(scale.dtype) * scale", "x.to(scale.dtype) + 0 * scale", TILES),
+    Mutation("scale", SOFTMAX, " + tl.full([], low, ACC)", "", TILES),
+    Mutation("offset", SOFTMAX, "t - log_normalizer", "t", TILES),
+    Mutation("tie weight", SOFTMAX, "tl.where(log_q == log_p, 0.5, 0.0)", "tl.where(log_q == log_p, 1.0, 0.0)", TIES, True),
+    Mutation("sign", SOFTMAX, "tl.where(log_q < log_p, 1.0", "tl.where(log_q > log_p, 1.0", TILES),
+    Mutation("sign", SOFTMAX, "tl.exp(-tl.abs(x - top))", "tl.exp(tl.abs(x - top))", TILES),
+    Mutation("ties", SOFTMAX, "bigger = x > top", "bigger = x >= top", FUZZ),
+    Mutation("off by one", SOFTMAX, "total * step + 1.0", "total * step", TILES),
+    Mutation("index", SOFTMAX, "tl.where(bigger, start, at)", "tl.where(bigger, at, start)", TILES),
+    Mutation("scale", SOFTMAX, "tl.sum(total * tl.exp(top - highest), 0)", "tl.sum(total, 0)", TILES),
+    Mutation("ties", SOFTMAX, "tl.min(first, 0)", "tl.max(tl.where(top == tl.max(top, 0), first, -1), 0)", FUZZ),
+    Mutation("tile loop", LSE, "for start in range(0, whole, BLOCK_V)", "for start in range(BLOCK_V, whole, BLOCK_V)", TILES, True),
+    Mutation("tile loop", LSE, "if whole < n_cols", "if whole > n_cols", TILES),
+    Mutation("offset", LSE, "x_ptr += row * x_row_stride", "x_ptr += row", TILES),
+    Mutation("int32 offset", LSE, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "tests/test_offsets.py"),
+    Mutation("offset", STATS, "z_ptr += row * z_row_stride", "z_ptr += row * t_row_stride", FUZZ),
+    Mutation("index", STATS, "t_row = tl.load(t_index_ptr + row).to(tl.int64)", "t_row = row", TILES, True),
+    Mutation("index", STATS, "t_ptr += t_row * t_row_stride", "t_ptr += row * t_row_stride", TILES),
+    Mutation("int32 offset", STATS, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "tests/test_offsets.py"),
+    Mutation("off by one", STATS, "whole = n_cols // BLOCK_V * BLOCK_V", "whole = (n_cols - 1) // BLOCK_V * BLOCK_V - BLOCK_V", TILES),
+    Mutation("scale", STATS, "tl.where(bigger, sigma * step + w,", "tl.where(bigger, sigma + w,", TILES, True),
+    Mutation("scale", STATS, "sum_sigma = tl.sum(sigma * rescale, 0)", "sum_sigma = tl.sum(sigma, 0)", TILES),
+    Mutation("sign", STATS, "(t - z) + (draft_lse - target_lse)", "(t - z) - (draft_lse - target_lse)", TILES),
+    Mutation("guard", STATS, "kl += tl.where(pt > 0, ", "kl += tl.where(pt >= 0, ", TILES),
+    Mutation("guard", STATS, "tl.where(supported, tl.load(log_normalizer_ptr + row).to(ACC), 0.0)", "tl.load(log_normalizer_ptr + row).to(ACC)", FUZZ),
+    Mutation("index", STATS, "tl.load(log_normalizer_ptr + row)", "tl.load(log_normalizer_ptr)", TILES),
+    Mutation("min", STATS, "tl.minimum(log_q, log_p)", "tl.maximum(log_q, log_p)", TILES),
+    Mutation("index", STATS, "tl.store(kl_ptr + row,", "tl.store(kl_ptr + row + 1,", TILES),
+    Mutation("index", STATS, "argmax(t_top, t_at, lanes)", "argmax(z_top, t_at, lanes)", TILES),
+    Mutation("guard", STATS, "tl.where(sum_alpha == 0, 1.0, sum_alpha)", "sum_alpha", "tests/test_fuzz.py"),
+    Mutation("offset", GRAD, "start = tl.program_id(1) * BLOCK_V", "start = tl.program_id(1) * 0", TILES, True),
+    Mutation("offset", GRAD, "gradient_ptr += row * gradient_row_stride", "gradient_ptr += row * z_row_stride", FUZZ),
+    Mutation("index", GRAD, "t_row = tl.load(t_index_ptr + row).to(tl.int64)", "t_row = row", TILES),
+    Mutation("int32 offset", GRAD, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "tests/test_offsets.py"),
+    Mutation("guard", GRAD, "gradient, mask=offs_v < n_cols)", "gradient, mask=offs_v <= n_cols)", TILES, True),
+    Mutation("guard", GRAD, "if start + BLOCK_V <= n_cols", "if start + BLOCK_V <= n_cols + 1", FUZZ),
+    Mutation("sign", GRAD, "- of_pt * tl.exp(t - target_lse)", "+ of_pt * tl.exp(t - target_lse)", TILES, True),
+    Mutation("sigma", GRAD, "of_pt - tl.load(sigma_ptr + row) * of_w_r", "of_pt", TILES, True),
+    Mutation("overflow", GRAD, 'tl.exp(tl.where(w > 0, tl.minimum(log_q - log_alpha, 0.0), float("-inf")))', "tl.exp(log_q - log_alpha)", "tests/test_kernels.py::test_disjoint_rows_keep_their_gradient"),
+    Mutation("guard", GRAD, "tl.where(supported, gradient, 0.0)", "gradient", TILES),
+    Mutation("guard", GRAD, "tl.where(possible, log_alpha, 0.0)", "log_alpha", "tests/test_extremes.py::test_no_token_in_common"),
+    Mutation("scale", GRAD, "tl.load(d_kl_ptr + row).to(ACC) * z_scale", "tl.load(d_kl_ptr + row).to(ACC)", TILES),
+    Mutation("index", GRAD, "tl.load(d_log_acceptance_ptr + row)", "tl.load(d_log_acceptance_ptr)", TILES),
+    Mutation("off by one", LAUNCH, "triton.cdiv(size, tile.block_v)", "max(1, size // tile.block_v)", TILES),
+    Mutation("stride", LAUNCH, "None if x is None else x.contiguous()", "x", FUZZ),
+    Mutation("stride", LAUNCH, "if x.stride(1) == 1 or x.shape[1] == 1", "if True", FUZZ),
+    Mutation("stride", LAUNCH, "if into is not gradient_out", "if False", FUZZ),
+    Mutation("scale", LAUNCH, "value - high if math.isfinite(high) else 0.0", "0.0", TILES),
+    Mutation("index", LAUNCH, "into, into.stride(0), _vector(t_index)", "into, z.stride(0), _vector(t_index)", FUZZ),
+]
+
+TWIN = [
+    Mutation("sign", ROWWISE, "torch.sub(p, q, out=out).sign_()", "torch.sub(q, p, out=out).sign_()", FUZZ_TORCH, True),
+    Mutation("sigma", ROWWISE, "out=out.sigma).mul_(0.5).div_(alpha)", "out=out.sigma).div_(alpha)", FUZZ_TORCH),
+    Mutation("underflow", ROWWISE, "(alpha < SMALLEST_LINEAR) | ~torch.isfinite(out.kl)", "~torch.isfinite(out.kl)", "tests/test_extremes.py::test_disjoint_rows_have_finite_right_gradients"),
+    Mutation("guard", ROWWISE, "(alpha < SMALLEST_LINEAR) | ~torch.isfinite(out.kl)", "(alpha < SMALLEST_LINEAR)", FUZZ_TORCH),
+    Mutation("sigma", ROWWISE, "d_kl - torch.where(supported, out.sigma, 0.0) * d_log_alpha", "d_kl.clone()", FUZZ_TORCH, True),
+    Mutation("scale", ROWWISE, "torch.where(linear, 0.5 * d_log_alpha", "torch.where(linear, d_log_alpha", FUZZ_TORCH),
+    Mutation("scale", ROWWISE, "torch.where(supported, d_kl * self.z_scale, 0.0)", "torch.where(supported, d_kl, 0.0)", FUZZ_TORCH),
+    Mutation("offset", ROWWISE, "clamp_(max=size - group)", "clamp_(max=size - group - 1)", FUZZ_TORCH),
+    Mutation("tile loop", ROWWISE, "if whole < size:", "if False:", FUZZ_TORCH),
+    Mutation("index", ROWWISE, "x[start:stop] if index is None else x[index[start:stop]]", "x[start:stop] if index is None else x[index[0:stop - start]]", FUZZ_TORCH),
+    Mutation("sign", ROWWISE, "self.out.target_lse - self.normalizer", "self.normalizer - self.out.target_lse", FUZZ_TORCH),
+    Mutation("index", ROWWISE, "log_normalizer[start:stop].to(acc)", "log_normalizer[0:stop - start].to(acc)", FUZZ_TORCH),
+    Mutation("guard", ROWWISE, ".clamp_(min=FLOOR)", "", FUZZ_TORCH),
+    Mutation("sigma", ROWWISE, "w_r - self.out.sigma[rows].unsqueeze(1) * q", "w_r", FUZZ_TORCH),
+    Mutation("tie weight", ROWWISE, "(1 + torch.sign(log_p - log_q)).mul_(0.5)", "(log_p >= log_q).to(log_q.dtype)", "tests/test_extremes.py"),
+    Mutation("tie weight", ROWWISE, "return torch.addcmul(q, out, q, out=out)", "return torch.addcmul(q, out.add_(0.5).sign_(), q, out=out)", "tests/test_extremes.py"),
+    Mutation("tile loop", ROWWISE, "for start in range(0, n, step))", "for start in range(0, n - 1, step))", FUZZ_TORCH),
+    Mutation("overflow", ROWWISE, ".clamp_(max=0.0).exp_()", ".exp_()", FUZZ_TORCH),
+    Mutation("guard", ROWWISE, "torch.where(w > 0, log_q - _finite(log_alpha).unsqueeze(1), NEG_INF).clamp_(max=0.0)", "(log_q - _finite(log_alpha).unsqueeze(1))", FUZZ_TORCH),
+]
+
+PAIRS = "tests/test_pairs.py"
+LOSSES = "tests/test_losses.py"
+WORK = "fused_lk/pairs.py fused_lk/layout.py"
+LISTS = [
+    Mutation("off by one", WORK, "torch.where(rows >= 0, rows, _IGNORED)", "torch.where(rows > 0, rows, _IGNORED)", PAIRS, True),
+    Mutation("mask", WORK, "key = torch.where(mask > 0, key, _IGNORED)", "key = torch.where(mask >= 0, key, _IGNORED)", PAIRS, True),
+    Mutation("sort", WORK, "self.weights = weights[self.draft_rows]", "self.weights = weights[self.draft_rows.sort().values]", PAIRS),
+    Mutation("sort", WORK, "self.positions = positions[self.draft_rows]", "self.positions = positions[self.draft_rows.sort().values]", PAIRS),
+    Mutation("off by one", WORK, "(positions >= self.num_positions)", "(positions > self.num_positions)", "tests/test_bad_input.py"),
+    Mutation("off by one", WORK, "if used[-1] >= num_targets", "if used[-1] > num_targets", "tests/test_bad_input.py"),
+    Mutation("off by one", WORK, "(target_rows < -1).any()", "(target_rows < -2).any()", "tests/test_bad_input.py"),
+    Mutation("limit", WORK, "min(start + max_pairs, ", "min(start + max_pairs + 1, ", PAIRS, True),
+    Mutation("limit", WORK, "min(first + max_targets, len(starts) - 1)", "min(first + max_targets + 1, len(starts) - 1)", PAIRS),
+    Mutation("sharing", WORK, "if stop < count and starts[last] > start:", "if False:", PAIRS),
+    Mutation("index", WORK, "cuts.append((start, stop, slice(first, last)))", "cuts.append((start, stop, slice(first, last + 1)))", PAIRS),
+    Mutation("index", WORK, "unique_index = is_new.cumsum(0) - 1", "unique_index = (is_new.cumsum(0) - 2).clamp(min=0)", PAIRS),
+    Mutation("index", WORK, "Segment(k, int(end - n), int(end))", "Segment(k, int(end - n), int(end - n + 1))", PAIRS),
+    Mutation("index", WORK, "flat_rows if num_sources == 1 else flat_rows % per_source", "flat_rows % per_source // 2", PAIRS),
+    Mutation("index", WORK, "chunk_of * num_sources + source", "chunk_of + source", PAIRS),
+    Mutation("index", WORK, "arrange(pairs.weights)", "pairs.weights", PAIRS),
+    Mutation("index", WORK, "x if self.target_rows is None else x[self.target_rows]", "x", PAIRS),
+    Mutation("guard", WORK, "target_rows.clamp(min=0)", "target_rows", PAIRS),
+    Mutation("mask", WORK, "torch.where(self.valid, weights, 0)", "weights", PAIRS),
+]
+
+EXTREMES, PACKAGE = "tests/test_extremes.py", "fused_lk/*.py"
+WALKS = [
+    Mutation("guard", "fused_lk/draft.py", "out.masked_fill_(~valid[chunk.start : chunk.stop].unsqueeze(1), 0.0)", "out", EXTREMES),
+    Mutation("index", "fused_lk/draft.py", "torch.index_select(sources[source], 0, layout.rows[start:stop], out=into)", "into.copy_(sources[source][: stop - start])", LOSSES),
+    Mutation("index", "fused_lk/draft.py", "into.index_copy_(0, layout.rows[start:stop], part)", "into[: stop - start] = part", LOSSES),
+    Mutation("scale", "fused_lk/draft.py", "gemm.accumulate(self.weight, g.t(), h)", "gemm.product_into(self.weight, g.t(), h.to(g.dtype))", LOSSES, True),
+    Mutation("scale", "fused_lk/autograd.py", "scale = scale * d_loss", "scale = scale * 1.0", LOSSES, True),
+    Mutation("scale", "fused_lk/autograd.py", "d_log_alpha / scale, d_kl / scale, scale)", "d_log_alpha, d_kl / scale, scale)", LOSSES),
+    Mutation("mask", "fused_lk/autograd.py", "d_kl = torch.where(work.layout.valid, d_kl, 0)", "d_kl = d_kl + 0", EXTREMES),
+    Mutation("offset", "fused_lk/chunked.py", "coefficients(chunk.start + start, chunk.start + stop, stats)", "coefficients(start, stop, stats)", LOSSES, True),
+    Mutation("offset", "fused_lk/chunked.py", "normalizer[chunk.start : chunk.stop]", "normalizer[: chunk.num_pairs]", LOSSES),
+    Mutation("offset", "fused_lk/chunked.py", "stats.rows(a, b), d_log_alpha[a:b], d_kl[a:b], g)", "stats.rows(a, b), d_log_alpha[a:b], d_kl[: b - a], g)", LOSSES),
+    Mutation("tile loop", "fused_lk/chunked.py", "for start in range(0, draft.vocab_size, step)", "for start in range(0, max(draft.vocab_size - 1, 1), step)", LOSSES),
+    Mutation("scale", "fused_lk/chunked.py", "torch.mul(into, scale, out=block)", "block.copy_(into)", LOSSES),
+    Mutation("offset", PACKAGE + " fused_lk/target/*.py", "layout.unique_index[pairs] - chunk.targets.start", "layout.unique_index[pairs] - chunk.targets.start * 0", LOSSES, True),
+    Mutation("offset", PACKAGE + " fused_lk/target/*.py", "ids = self._draft_ids[rows] - columns.start", "ids = self._draft_ids[rows]", LOSSES),
+    Mutation("sign", "fused_lk/objective.py", "-(mix.tv * log_acceptance.exp()", "(mix.tv * log_acceptance.exp()", LOSSES, True),
+    Mutation("scale", "fused_lk/objective.py", "Mix(kl_weight, 1.0 - kl_weight, 0.0)", "Mix(kl_weight, 1.0, 0.0)", LOSSES),
+    Mutation("sign", "fused_lk/objective.py", "torch.exp(-eta * acceptance.detach())", "torch.exp(eta * acceptance.detach())", LOSSES),
+    Mutation("index", "fused_lk/losses.py", "x[0].expand(self.layout.num_pairs) if positions is None else x[positions]", "x[0].expand(self.layout.num_pairs)", LOSSES),
+    Mutation("scale", "fused_lk/losses.py", "return self.weights * self.of_pair(of_position)", "return self.of_pair(of_position)", LOSSES),
+    Mutation("off by one", "fused_lk/losses.py", "return self.options.position_decay**k", "return self.options.position_decay**(k + 1)", LOSSES),
+]
+# fmt: on
+TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS]
+
+
+def sources(root: Path, mutation: Mutation) -> list[Path]:
+    """The files of the tree at `root` that hold the original text, once per occurrence."""
+    files = sorted({path for glob in mutation.where.split() for path in root.glob(glob)})
+    return [path for path in files for _ in range(path.read_text().count(mutation.original))]
+
+
+def copy_of_the_tree() -> Path:
+    """A copy that imports its own kernels: `fused_lk.kernels` is otherwise found where the package was installed."""
+    tree = Path(tempfile.mkdtemp(prefix="mutations-"))
+    without = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+    for name in ("fused_lk", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=without)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    (tree / "fused_lk" / "kernels").symlink_to(tree / "kernels")
+    where = "import fused_lk, fused_lk.kernels as k; print(fused_lk.__file__, k.__file__)"
+    found = run(tree, sys.executable, "-c", where).stdout.split()
+    assert len(found) == 2 and all(path.startswith(str(tree)) for path in found), found
+    return tree
+
+
+def run(tree: Path, *command: str) -> subprocess.CompletedProcess:
+    # Bytecode is told apart by seconds and size, too coarse for what happens here.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    environment.setdefault("TRITON_INTERPRET", "1")
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
+
+
+def tests_fail(tree: Path, tests: str) -> str | None:
+    """What noticed, or None if all tests passed."""
+    command = (sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *split(tests))
+    try:
+        done = run(tree, *command)
+    except subprocess.TimeoutExpired:
+        return f"no end within {SECONDS} s"
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        return failed[1].removeprefix("tests/")
+    if done.returncode < 0 or done.returncode > 128:
+        return f"the process died ({done.returncode})"
+    raise RuntimeError(f"pytest could not run {tests}:\n{done.stdout}{done.stderr}")
+
+
+def split(tests: str) -> list[str]:
+    """Test ids, which hold spaces inside brackets only."""
+    return re.findall(r"(?:[^\s\[]|\[[^\]]*\])+", tests)
+
+
+def try_mutation(tree: Path, mutation: Mutation) -> str | None:
+    """The test that notices `mutation`, or None."""
+    (path,) = sources(tree, mutation)
+    original = path.read_text()
+    path.write_text(original.replace(mutation.original, mutation.mutated))
+    try:
+        return tests_fail(tree, mutation.tests)
+    finally:
+        path.write_text(original)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a dozen mutations, one or two of each kind")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="mutations whose text or file contains this")
+    arguments = parser.parse_args()
+    chosen = [m for m in TABLE if (m.quick or not arguments.quick) and arguments.only in f"{m.where} {m.original}"]
+
+    trees: queue.Queue[Path] = queue.Queue()
+    for _ in range(arguments.jobs):
+        trees.put(copy_of_the_tree())
+
+    def attempt(work):
+        tree = trees.get()
+        try:
+            return tests_fail(tree, work) if isinstance(work, str) else try_mutation(tree, work)
+        finally:
+            trees.put(tree)
+
+    survivors = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        tests = sorted({m.tests for m in chosen})
+        for name, failure in zip(tests, pool.map(attempt, tests), strict=True):
+            if failure:
+                print(f"{name} fails on the unchanged sources: {failure}")
+                return 2
+        print("| kind | file | original | mutated | caught by |\n|---|---|---|---|---|")
+        for m, noticed in zip(chosen, pool.map(attempt, chosen), strict=True):
+            survivors += noticed is None
+            file = sources(ROOT, m)[0].relative_to(ROOT)
+            cells = (m.kind, file, code(m.original), code(m.mutated), noticed or "**SURVIVED**")
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print(f"\n{len(chosen) - survivors} of {len(chosen)} mutations caught.")
+    while not trees.empty():
+        shutil.rmtree(trees.get())
+    return 1 if survivors else 0
+
+
+def code(text: str) -> str:
+    return f"`{text.strip()}`".replace("|", "\\|") if text.strip() else "(nothing)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
