@@ -36,13 +36,16 @@ class TargetHead:
         self.draft_bias = self.bias if ids is None or self.bias is None else self.bias[ids]
 
 
+def check_is_vocab(vocab: Any) -> None:
+    """`vocab` is None or a `DraftVocab`."""
+    if vocab is not None and not isinstance(vocab, DraftVocab):
+        validation.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
+
+
 def check_vocab(vocab: Any, size: int, name: str) -> None:
     """`vocab` is None, or a `DraftVocab` over `size` target tokens, as `name` has."""
-    if vocab is None:
-        return
-    if not isinstance(vocab, DraftVocab):
-        validation.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
-    if vocab.target_size != size:
+    check_is_vocab(vocab)
+    if vocab is not None and vocab.target_size != size:
         validation.fail(
             f"a DraftVocab over {size} target tokens, as {name} has",
             vocab,

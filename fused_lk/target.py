@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import plan, target_pass, validation
-from .head import TargetHead, check_vocab
+from .head import TargetHead, check_is_vocab, check_vocab
 from .pairs import Layout
 from .rowwise import IMPLS
 from .target_tiles import HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
@@ -194,7 +194,7 @@ class Target:
         """
         validation.tensor("probs", probs, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("probs", probs)
-        _check_is_vocab(vocab)
+        check_is_vocab(vocab)
         if vocab is not None and probs.shape[-1] != vocab.draft_size:
             validation.fail(
                 f"probs with last dimension {vocab.draft_size}, the draft vocabulary",
