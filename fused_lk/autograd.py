@@ -81,7 +81,8 @@ def divergence_gradients(
     needs_weight = layout.linear and needs[layout.num_sources]
     by_vocabulary = plan.walks_by_vocabulary(draft.vocab_size, work.layout.num_pairs, needs_weight)
     walk = chunked.gradients_by_vocabulary if by_vocabulary else chunked.gradients_by_rows
-    gradients = walk(work, draft, needs, stats, d_log_alpha / scale, d_kl / scale, scale)
+    with torch.autocast(stats.kl.device.type, enabled=False):  # wherever the caller runs its backward
+        gradients = walk(work, draft, needs, stats, d_log_alpha / scale, d_kl / scale, scale)
     return _shaped(gradients, [x.shape for x in tensors])
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, plan, validation
+from .autocast import compute_dtype
 from .autograd import DraftTensors
 from .chunked import Work
 from .pairs import Pairs
@@ -114,9 +115,7 @@ def linear(
         validation.shape("bias", bias, (weight.shape[0],), "one per row of draft_lm_head_weight")
         validation.same_device(device, bias=bias)
         tensors.append(bias)
-    if torch.is_autocast_enabled(device.type):  # as torch.nn.functional.linear
-        dtype = torch.get_autocast_dtype(device.type)
-        tensors = [x.to(dtype) if x.dtype != torch.float64 else x for x in tensors]
+    tensors = [x.to(compute_dtype(x)) for x in tensors]
     for name, x in (("draft_lm_head_weight", tensors[len(sources)]), ("bias", tensors[-1])):
         if x.dtype != tensors[0].dtype:
             validation.fail(

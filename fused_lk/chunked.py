@@ -45,7 +45,7 @@ class Work:
 
     def accumulator(self, draft: Draft) -> torch.dtype:
         """float32, or float64 where either side is."""
-        return torch.promote_types(accumulation_dtype(draft.sources[0]), self.target.tiles.dtype)
+        return torch.promote_types(accumulation_dtype(draft.sources[0]), self.target.dtype)
 
     def tile_costs(self, draft: Draft) -> plan.TileCosts:
         return tile_costs(draft, self.target, self.layout)
@@ -62,7 +62,7 @@ class Work:
 def tile_costs(draft: Draft, target: Target, layout: Layout | Pairs) -> plan.TileCosts:
     """Bytes per column of the tiles a walk needs; 0 where logits are read where they lie."""
     draft_bytes = 0 if draft.tile_is_view(layout.in_order) else sum(dtype.itemsize for dtype in draft.tile_dtypes())
-    return plan.TileCosts(draft_bytes, target.tiles.dtype.itemsize if _needs_target_tile(target, layout) else 0)
+    return plan.TileCosts(draft_bytes, target.dtype.itemsize if _needs_target_tile(target, layout) else 0)
 
 
 def _needs_target_tile(target: Target, layout: Layout | Pairs) -> bool:
@@ -79,7 +79,7 @@ class _Tiles:
         self.z = tiles[0] if tiles else None
         self.gradient = tiles[1] if len(tiles) > 1 else None
         needs_target = _needs_target_tile(work.target, work.layout)
-        self.t = Tile(targets, columns, work.target.tiles.dtype, device) if needs_target else None
+        self.t = Tile(targets, columns, work.target.dtype, device) if needs_target else None
 
     @classmethod
     def by_rows(cls, work: Work, draft: Draft) -> _Tiles:

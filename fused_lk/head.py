@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
 
 from . import validation
+from .autocast import compute_dtype
 from .vocab import DraftVocab
 
 
@@ -18,7 +20,8 @@ class TargetHead:
         vocab: the draft vocabulary; None: both models share one vocabulary (nothing is copied).
         bias: optional `[V_target]`.
 
-    The slice is a copy: make a new head after the weight has changed.
+    The slice is a copy: make a new head after the weight has changed. Under `torch.autocast` so is the whole head, if
+    it is of another dtype; the copy is made once and kept.
     """
 
     def __init__(self, lm_head_weight: Tensor, vocab: DraftVocab | None = None, bias: Tensor | None = None) -> None:
@@ -34,6 +37,21 @@ class TargetHead:
         ids = None if self.vocab is None else self.vocab.target_ids
         self.draft_weight = self.weight if ids is None else self.weight[ids]
         self.draft_bias = self.bias if ids is None or self.bias is None else self.bias[ids]
+        self._in_compute_dtype: TargetHead | None = None
+
+    def in_compute_dtype(self) -> TargetHead:
+        """This head in the dtype that a linear layer with its weight would compute in, here and now."""
+        dtype = compute_dtype(self.weight)
+        if dtype == self.weight.dtype:
+            return self
+        kept = self._in_compute_dtype
+        if kept is None or kept.weight.dtype != dtype:
+            kept = copy.copy(self)
+            kept.weight = self.weight.to(dtype)
+            kept.draft_weight = kept.weight if self.vocab is None else self.draft_weight.to(dtype)
+            kept.bias, kept.draft_bias = (x if x is None else x.to(dtype) for x in (self.bias, self.draft_bias))
+            self._in_compute_dtype = kept
+        return kept
 
 
 def check_is_vocab(vocab: Any) -> None:

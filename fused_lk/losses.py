@@ -249,9 +249,9 @@ def lk_loss_from_logits(
 
 
 def _divergences(request: Call) -> Divergences:
-    if request.impl == "reference":
-        return _reference_divergences(request)
     with torch.autocast(request.device.type, enabled=False):
+        if request.impl == "reference":
+            return _reference_divergences(request)
         by = engine(request)
         layout, pairs = by.layout, by.divergences()
     ids = request.target.to_target_ids(pairs.draft_argmax)
@@ -261,9 +261,9 @@ def _divergences(request: Call) -> Divergences:
 
 def _loss(request: Call, options: LossOptions, requested_plan: str) -> LKOutput:
     one_pass = plans.resolve(requested_plan, _obstacle(options)) == "one_pass" and request.needs_gradient
-    if request.impl == "reference":
-        return _reference_loss(request, options)
     with torch.autocast(request.device.type, enabled=False):
+        if request.impl == "reference":
+            return _reference_loss(request, options)
         return _Reduction(request, options, one_pass).run()
 
 
@@ -285,9 +285,7 @@ class _Reduction:
         self.engine = engine(request, one_pass=one_pass, wants_target_argmax=wants_target_argmax)
         self.layout = layout = self.engine.layout
         self.num_positions = request.pairs.num_positions
-        acc = torch.promote_types(
-            torch.promote_types(request.tensors[0].dtype, torch.float32), request.target.tiles.dtype
-        )
+        acc = torch.promote_types(torch.promote_types(request.tensors[0].dtype, torch.float32), request.target.dtype)
         ones = torch.ones(layout.num_pairs, dtype=acc, device=request.device)
         self.weights = ones if layout.weights is None else layout.weights.to(acc)
         self.weight_sum = self.sums(self.weights)
@@ -447,7 +445,7 @@ class _ReferenceRows:
             weight, *bias = (reference.promote(x) for x in request.tensors[draft.num_sources :])
             self.draft_logits = F.linear(self.draft_logits, weight, *bias)
         self.weights, self.target_rows, self.positions = request.pairs.dense(request.num_rows, request.device)
-        acc = torch.promote_types(self.draft_logits.dtype, target.tiles.dtype)
+        acc = torch.promote_types(self.draft_logits.dtype, target.dtype)
         self.weights = self.weights.to(torch.promote_types(acc, torch.float32))
         self.log_p = target.dense_log_probs()[self.target_rows]
         self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)

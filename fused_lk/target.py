@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import plan, target_pass, validation
+from .autocast import compute_dtype
 from .head import TargetHead, check_is_vocab, check_vocab
 from .pairs import Layout
 from .rowwise import IMPLS
@@ -54,6 +55,11 @@ class Target:
         return self.tiles.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What its logits are computed in."""
+        return self.tiles.dtype
+
+    @property
     def num_tokens(self) -> int:
         return self.tiles.num_rows
 
@@ -84,7 +90,7 @@ class Target:
         loss finds both in the tiles it makes anyway, and no pass is needed.
 
         Args:
-            hidden: `[..., H_target]`, of the head's dtype.
+            hidden: `[..., H_target]`, of the head's dtype (under `torch.autocast` both are cast, as by `F.linear`).
             head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=` and `bias=`.
             mask: optional bool `[...]`; rows with False are not computed and may not be used by any pair.
             log_normalizer, token_ids: optional `[...]`, if known (from an inference engine): then no pass is made.
@@ -108,8 +114,10 @@ class Target:
             )
         elif vocab is not None or bias is not None:
             validation.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
-        validation.tensor("hidden", hidden, min_ndim=1, dtypes=[head.weight.dtype])
+        validation.tensor("hidden", hidden, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("hidden", hidden)
+        head, hidden = head.in_compute_dtype(), hidden.to(compute_dtype(hidden))
+        validation.tensor("hidden", hidden, dtypes=[head.weight.dtype])
         if hidden.shape[-1] != head.weight.shape[1]:
             validation.fail(
                 f"hidden with last dimension {head.weight.shape[1]}, the hidden size of the target head",

@@ -14,7 +14,6 @@ from importlib import metadata
 from types import FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import validation
@@ -145,20 +144,6 @@ def linear_head(name: str, head: Any) -> nn.Linear:
             TypeError,
         )
     return head
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes `x` in: `x`'s own dtype, or autocast's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def linear_operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`hidden`, the head's weight and its bias as constants, in the dtype that the head would compute in."""
-    dtype = compute_dtype(hidden)
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-    return hidden.detach().to(dtype), head.weight.detach().to(dtype), bias
 
 
 class Memo:

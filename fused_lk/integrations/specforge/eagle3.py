@@ -91,8 +91,8 @@ class _Eagle3:
         records, *_ = forward(seams.shadow(model, draft_model=draft, _acc_and_loss=_record), *args, **kwargs)
         return step.results(records)
 
-    def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor, dtype: torch.dtype) -> TargetHead:
-        return TargetHead(weight.detach().to(dtype), _proper(self.vocab(t2d, d2t)))
+    def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor) -> TargetHead:
+        return TargetHead(weight, _proper(self.vocab(t2d, d2t)))
 
 
 def _record(**arguments: Any) -> tuple[dict[str, Any], ...]:
@@ -130,10 +130,9 @@ class _Step:
     def target_from_hidden(
         self, hidden: Tensor, lm_head_weight: Tensor, t2d: Tensor, loss_mask: Tensor, length: int, chunk_size: int
     ) -> tuple[Tensor, ...]:
-        dtype = seams.compute_dtype(hidden)
-        head = self.kept.head(lm_head_weight, t2d, self.draft.d2t, dtype)
+        head = self.kept.head(lm_head_weight, t2d, self.draft.d2t)
         supervised = loss_mask.squeeze(-1) != 0
-        self.target = Target.from_hidden(hidden.detach().to(dtype), head, supervised, **self.kept.options)
+        self.target = Target.from_hidden(hidden.detach(), head, supervised, **self.kept.options)
         return self._rows(t2d, loss_mask, length)
 
     @torch.no_grad()

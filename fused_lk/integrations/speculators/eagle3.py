@@ -112,8 +112,7 @@ class _Eagle3:
         head = seams.linear_head("lm_head", model.lm_head)
         verifier_head = seams.linear_head("verifier_lm_head", model.verifier_lm_head)
         hidden = [record["logits"] for record in records]
-        target_hidden, weight, bias = seams.linear_operands(records[0]["targets"], verifier_head)
-        target = Target.from_hidden(target_hidden, weight, bias=bias, renormalize=True, **self.options)
+        target = _target(records[0]["targets"], verifier_head, renormalize=True, **self.options)
         target_rows = _shifted_rows(len(hidden), hidden[0].shape[1], records[0]["loss_mask"], hidden[0].device)
         pairs = Pairs(target_rows=target_rows)
         d = lk_divergences(hidden, head.weight, target, bias=head.bias, pairs=pairs, **self.options)
@@ -132,9 +131,13 @@ class _Eagle3:
         """`token_ids` with the rows that have no pair filled in: the argmax of a head is one streamed pass over it."""
         unpaired = target_rows < 0
         rows = torch.cat([h[at] for h, at in zip(hidden, unpaired, strict=True)])
-        rows, weight, bias = seams.linear_operands(rows, head)
-        argmax: Any = Target.from_hidden(rows, weight, bias=bias, **self.options).token_ids
+        argmax: Any = _target(rows, head, **self.options).token_ids
         return token_ids.masked_scatter(unpaired, argmax)
+
+
+def _target(hidden: Tensor, head: nn.Linear, **options: Any) -> Target:
+    """What `head` makes of `hidden`, as a constant."""
+    return Target.from_hidden(hidden.detach(), head.weight, bias=head.bias, **options)
 
 
 @dataclass(frozen=True)
