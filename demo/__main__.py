@@ -1,0 +1,152 @@
+"""Train a small target on Python's standard library, then drafts for it, once per objective; measure, and decode.
+
+python -m demo                                    # minutes on two cores; a GPU is used if there is one
+python -m demo --objectives kl lambda alpha tv
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fused_lk
+
+from . import corpus, memory, report
+from .corpus import Corpus
+from .decode import Decoding, decode
+from .models import Size, Target, num_parameters
+from .train import Run, Scorer, Settings, train_drafts, train_target
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    size, settings = Size(), replace(
+        Settings(),
+        target_steps=given.target_steps,
+        draft_steps=given.draft_steps,
+        batch=given.batch,
+        held_out=given.held_out,
+        seed=given.seed,
+    )  # fmt: skip
+    device = torch.device(given.device)
+    start = time.perf_counter()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"fused_lk {fused_lk.__version__} on {where}, torch {torch.__version__}, float32")
+
+    text = corpus.load(given.vocab, given.max_bytes)
+    print(
+        f"text    {text.num_files} files, {text.num_bytes / 1e6:.1f} MB of Python's standard library: "
+        f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out, BPE of {given.vocab:,}"
+    )
+    target, target_losses = train_target(text, size, settings, device)
+    runs, scorer = train_drafts(text, target, given.objectives, size, settings)
+    _describe(target, runs, scorer, text)
+    decodings = _decode(target, runs, scorer, text, settings, given.rounds)
+    costs = _costs(target, runs, scorer, text, settings)
+
+    n = runs[0].evaluations[-1][1].num_tokens
+    print(report.held_out_table(runs, f"Held-out text, {n:,} tokens a position (± standard error over windows)"))
+    rounds = decodings[0].rounds
+    print(
+        report.decoding_table(
+            runs, decodings, f"Speculative sampling, {rounds:,} rounds: predicted by alpha, and accepted (± s.e.)"
+        )
+    )
+    print(report.cost_table(costs, _cost_title(runs, settings, size, device)))
+    report.picture(given.out / "training.png", runs, target_losses, decodings)
+    print(f"\ncurves  {given.out / 'training.png'}\ntime    {time.perf_counter() - start:.0f} s in all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--objectives", nargs="+", choices=["kl", "lambda", "alpha", "tv"], default=["kl", "lambda"])
+    parser.add_argument("--target-steps", type=int, default=defaults.target_steps)
+    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps)
+    parser.add_argument("--batch", type=int, default=defaults.batch, help="windows per step")
+    parser.add_argument("--held-out", type=int, default=defaults.held_out, help="windows of held-out text to score")
+    parser.add_argument("--rounds", type=int, default=16, help="of speculative sampling, per prompt")
+    parser.add_argument("--vocab", type=int, default=2048, help="of the target")
+    parser.add_argument("--max-bytes", type=int, help="of text to read; default: all")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    return parser
+
+
+def _describe(target: Target, runs: list[Run], scorer: Scorer, text: Corpus) -> None:
+    draft, vocab = runs[0].draft, scorer.head.vocab
+    own = sum(p.numel() for p in draft.trainable())
+    coverage = float(vocab.t2d.cpu()[text.held_out].float().mean())
+    print(
+        f"target  {num_parameters(target):,} parameters\n"
+        f"draft   {own:,} parameters of its own, {scorer.steps} tokens at a time from {vocab.draft_size:,} of "
+        f"{vocab.target_size:,}, which cover {coverage:.1%} of the held-out text"
+    )
+
+
+def _decode(
+    target: Target, runs: list[Run], scorer: Scorer, text: Corpus, settings: Settings, rounds: int
+) -> list[Decoding]:
+    prompts = text.held_out_windows(settings.held_out // 2, settings.length)[:, : settings.length // 4]
+    prompts = prompts.to(scorer.device)
+    with tqdm(total=rounds * len(runs), desc="decode", unit="pass", dynamic_ncols=True, mininterval=0.5) as progress:
+        return [
+            decode(target, run.draft, scorer.head, prompts, scorer.steps, rounds, settings.seed, progress)
+            for run in runs
+        ]
+
+
+def _costs(target: Target, runs: list[Run], scorer: Scorer, text: Corpus, settings: Settings) -> dict[str, memory.Cost]:
+    """Eager and fused, for each objective, on the hidden states of one batch of held-out text."""
+    tokens = text.held_out_windows(settings.batch, settings.length).to(scorer.device)
+    costs = {}
+    for run in runs:
+        for name, loss in _losses(run, scorer, tokens, settings).items():
+            label = f"{report.NAMES[run.objective]}, {name}"
+            costs[label] = memory.cost(loss, scorer.device, repeats=5)
+    return costs
+
+
+def _losses(run: Run, scorer: Scorer, tokens: Tensor, settings: Settings) -> dict[str, Callable[[], Tensor]]:
+    """Functions that make one loss and its gradients, from the same hidden states."""
+    with torch.no_grad():
+        target_hidden, features = scorer.target(tokens)
+        hidden = run.draft(features, tokens, scorer.steps)
+    hidden = [x.requires_grad_() for x in hidden]
+    weight, decay = run.draft.head.weight, settings.position_decay
+    pairs = scorer.pairs(tokens.shape)
+
+    def gradients_of(loss: Tensor) -> Tensor:
+        torch.autograd.grad(loss, [*hidden, weight])
+        return loss
+
+    def eager() -> Tensor:
+        t2d = scorer.head.vocab.t2d
+        return gradients_of(memory.eager_loss(hidden, weight, target_hidden, scorer.head, t2d, run.objective, decay))
+
+    def fused() -> Tensor:
+        scored_against = fused_lk.Target.from_hidden(target_hidden, scorer.head, **scorer.options)
+        loss = fused_lk.LKLoss(run.objective, position_decay=decay, **scorer.options)
+        return gradients_of(loss(hidden, weight, scored_against, pairs=pairs).loss)
+
+    return {"eager": eager, "fused_lk": fused}
+
+
+def _cost_title(runs: list[Run], settings: Settings, size: Size, device: torch.device) -> str:
+    counted = "memory_allocated" if device.type == "cuda" else "bytes of live tensors"
+    return (
+        f"The loss of one batch with its gradients and its target ({size.draft_steps} steps x "
+        f"{settings.batch * settings.length:,} rows; {counted}; fused_lk with {settings.workspace_mb:g} MiB of workspace)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Peak memory and time of the loss, forward and backward, beyond its inputs: fused against eager, on one real batch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fused_lk
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one loss and its gradients."""
+
+    loss: float
+    peak_bytes: int
+    seconds: float  # median
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage made while it is on, once each, until it is freed; `peak` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and not given & {key := x.untyped_storage()._cdata} and key not in self._known:
+                self._add(key, x.untyped_storage())
+        return out
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Of live tensors on a CPU; on a GPU, of what the allocator handed out (its backward has a thread of its own)."""
+    if device.type != "cuda":
+        with LiveBytes() as seen:
+            run()
+        return seen.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def cost(run: Callable[[], Tensor], device: torch.device, repeats: int) -> Cost:
+    loss = float(run().detach())  # and warm
+    peak = peak_bytes(run, device)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return Cost(loss, peak, statistics.median(seconds))
+
+
+def eager_loss(
+    hidden: list[Tensor],
+    weight: Tensor,
+    target_hidden: Tensor,
+    head: fused_lk.TargetHead,
+    t2d: Tensor,
+    objective: str,
+    position_decay: float,
+    eta: float = 3.0,
+) -> Tensor:
+    """The same loss as one writes it, from full logits: the target's softmaxes once, shared by all steps."""
+    with torch.no_grad():
+        target_logits = F.linear(target_hidden, head.weight, head.bias)
+        p = target_logits.softmax(-1)[..., t2d]
+        pt = target_logits[..., t2d].softmax(-1)
+        log_pt = pt.log()
+        del target_logits
+    total = torch.zeros((), device=weight.device)
+    for k, rows in enumerate(hidden):
+        log_q = F.linear(rows[:, : -1 - k], weight).log_softmax(-1)
+        scored = slice(1 + k, None)
+        token_alpha = torch.minimum(p[:, scored], log_q.exp()).sum(-1)
+        alpha = token_alpha.mean()
+        kl = (pt[:, scored] * (log_pt[:, scored] - log_q)).sum(-1).mean()
+        lam = torch.exp(-eta * alpha.detach())
+        loss = {
+            "kl": lambda kl=kl: kl,
+            "tv": lambda alpha=alpha: 1 - alpha,
+            "alpha": lambda alpha=token_alpha: -alpha.log().mean(),
+            "lambda": lambda lam=lam, kl=kl, alpha=alpha: lam * kl + (1 - lam) * (1 - alpha),
+        }[objective]
+        total = total + position_decay**k * loss()
+    return total

@@ -1,0 +1,177 @@
+"""What was measured: tables for the terminal, and a picture of the training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fused_lk
+
+from .decode import Decoding
+from .memory import MIB, Cost
+from .train import Evaluation, Run
+
+NAMES = {"kl": "KL", "lambda": "LK-lambda", "alpha": "LK-alpha", "tv": "TV"}
+COLOURS = {"kl": "#4c72b0", "lambda": "#dd5f32", "alpha": "#3c8d5a", "tv": "#8b6bb1"}
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text columns, the first flush left, under a title; an empty row is a rule."""
+    cells = [header, *(row for row in rows if row)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        return "  ".join([row[0].ljust(widths[0]), *rest]).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join(["", title, rule, line(header), rule, *(line(row) if row else rule for row in rows), rule])
+
+
+def held_out_table(runs: list[Run], title: str) -> str:
+    """Acceptance, accuracy and KL per position; differences from the first run, with their standard errors."""
+    last = [run.evaluations[-1][1] for run in runs]
+    first, others = last[0], last[1:]
+    header = ["", *(NAMES[run.objective] for run in runs)]
+    header += [f"{NAMES[run.objective]} - {NAMES[runs[0].objective]}" for run in runs[1:]]
+    steps = range(len(first.acceptance))
+    rows: list[list[str]] = []
+    for k in steps:
+        differences = [_difference(first, other, lambda rates, k=k: rates[..., k]) for other in others]
+        rows.append(
+            [f"acceptance rate, position {k}", *(f"{e.acceptance[k]:.4f}" for e in last), *map(_signed, differences)]
+        )
+    differences = [_difference(first, other, _length) for other in others]
+    rows.append(["expected acceptance length", *(f"{e.length:.4f}" for e in last), *map(_signed, differences), []][:-1])
+    for name in ("accuracy", "kl"):
+        rows.append([])
+        label = {"accuracy": "accuracy (same argmax)", "kl": "KL(p~, q) in nats"}[name]
+        for k in steps:
+            values = [float(getattr(e, name)[k]) for e in last]
+            gains = [f"{value - values[0]:+.4f}          " for value in values[1:]]
+            rows.append([f"{label}, position {k}", *(f"{value:.4f}" for value in values), *gains])
+    return table(title, header, rows)
+
+
+def _length(rates: Tensor) -> Tensor:
+    return fused_lk.expected_acceptance_length(rates.movedim(-1, 0))
+
+
+def _difference(first: Evaluation, other: Evaluation, of: object) -> tuple[float, float]:
+    """`of(mean rates)` of `other` less that of `first`, and its jackknife error over the windows they share."""
+    pair = [e.windows.double() for e in (first, other)]
+    n = len(pair[0])
+    a, b = (of(x.mean(0)) for x in pair)
+    if n < 2:
+        return float(b - a), float("nan")
+    left_out = [of((x.sum(0) - x) / (n - 1)) for x in pair]
+    spread = left_out[1] - left_out[0]
+    return float(b - a), float(((n - 1) / n * (spread - spread.mean()).square().sum()).sqrt())
+
+
+def _signed(value_and_error: tuple[float, float]) -> str:
+    return "{:+.4f} ± {:.4f}".format(*value_and_error)
+
+
+def decoding_table(runs: list[Run], decodings: list[Decoding], title: str) -> str:
+    """Acceptance in real speculative sampling, beside what alpha predicts for the very contexts that were met."""
+    header = [""]
+    for run in runs:
+        header += [f"{NAMES[run.objective]}: alpha", "accepted"]
+    rows = []
+    for k in range(len(decodings[0].reached)):
+        row = [f"acceptance rate, position {k}"]
+        for d in decodings:
+            n = max(1.0, float(d.reached[k]))
+            error = float(d.variance[k]) ** 0.5 / n
+            row += [f"{float(d.predicted[k]) / n:.4f}", f"{float(d.accepted[k]) / n:.4f} ± {error:.4f}"]
+        rows.append(row)
+    row = ["tokens per pass of the target"]
+    for d in decodings:
+        row += [f"{d.predicted_length:.4f}", f"{d.length:.4f} ± {d.length_error:.4f}"]
+    rows += [[], row]
+    row = ["  as held-out text predicted it"]
+    for run in runs:
+        row += [f"{run.evaluations[-1][1].length:.4f}", ""]
+    return table(title, header, [*rows, row])
+
+
+def cost_table(costs: dict[str, Cost], title: str) -> str:
+    rows = [
+        [name, f"{c.peak_bytes / MIB:.1f} MiB", f"{c.seconds * 1e3:.0f} ms", f"{c.loss:.7f}"]
+        for name, c in costs.items()
+    ]
+    return table(title, ["", "peak beyond inputs", "time", "loss"], rows)
+
+
+def picture(path: Path, runs: list[Run], target_losses: list[float], decodings: list[Decoding]) -> None:
+    """The training curves: the target's, the drafts' on held-out text, and how far the drafts lie apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        "axes.titlesize": 11, "axes.titlelocation": "left", "font.size": 9.5, "legend.frameon": False,
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+        _plot_target(axes[0], target_losses)
+        _plot_lengths(axes[1], runs)
+        _plot_positions(axes[2], runs, decodings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def _plot_target(axis: object, losses: list[float]) -> None:
+    axis.plot(losses, color="#999999", linewidth=0.6, alpha=0.7, label="batch")
+    axis.plot(_smooth(losses), color="#333333", linewidth=1.6, label="smoothed")
+    axis.set(title="Target: training text", xlabel="step", ylabel="cross-entropy (nats per token)")
+    axis.legend()
+
+
+def _plot_lengths(axis: object, runs: list[Run]) -> None:
+    for run in runs:
+        colour, name = COLOURS[run.objective], NAMES[run.objective]
+        axis.plot(
+            _smooth([m["expected_acceptance_length"] for m in run.batches]),
+            color=colour, linewidth=0.8, alpha=0.5, label=f"{name}, training batches (smoothed)",
+        )  # fmt: skip
+        steps, lengths = zip(*((step, e.length) for step, e in run.evaluations), strict=True)
+        axis.plot(steps, lengths, color=colour, linewidth=1.6, marker="o", markersize=4, label=f"{name}, held-out")
+    axis.set(title="Drafts: expected acceptance length", xlabel="step", ylabel="tokens per pass of the target")
+    axis.legend(loc="lower right")
+
+
+def _plot_positions(axis: object, runs: list[Run], decodings: list[Decoding]) -> None:
+    width = 0.8 / len(runs)
+    for i, (run, decoding) in enumerate(zip(runs, decodings, strict=True)):
+        rates = run.evaluations[-1][1].acceptance.tolist()
+        at = torch.arange(len(rates)) + (i - (len(runs) - 1) / 2) * width
+        axis.bar(at, rates, width * 0.92, color=COLOURS[run.objective], label=f"{NAMES[run.objective]}, held-out text")
+        n = decoding.reached.clamp(min=1)
+        label = "accepted in speculative sampling (± s.e.)" if i == 0 else None
+        axis.errorbar(
+            at, (decoding.accepted / n).tolist(), (decoding.variance.sqrt() / n).tolist(),
+            fmt="D", color="black", markersize=3.5, capsize=3, linewidth=1, label=label,
+        )  # fmt: skip
+    axis.set(title="Acceptance rate by draft position", xlabel="draft position", ylabel="acceptance rate")
+    axis.set_xticks(range(len(rates)))
+    axis.set_ylim(0, 1)
+    axis.grid(False, axis="x")
+    axis.legend(loc="upper right", fontsize=8.5)
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential moving average over a share of the run, unbiased at the start."""
+    keep = 1 - 1 / max(1.0, share * len(values))
+    total, weight, out = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight)
+    return out
