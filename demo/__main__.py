@@ -27,7 +27,8 @@ from .train import Run, Scorer, Settings, train_drafts, train_target
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
-    size, settings = Size(), replace(
+    size = Size(draft_vocab=given.draft_vocab)
+    settings = replace(
         Settings(),
         target_steps=given.target_steps,
         draft_steps=given.draft_steps,
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=int, default=defaults.held_out, help="windows of held-out text to score")
     parser.add_argument("--rounds", type=int, default=16, help="of speculative sampling, per prompt")
     parser.add_argument("--vocab", type=int, default=2048, help="of the target")
+    parser.add_argument("--draft-vocab", type=int, default=Size().draft_vocab)
     parser.add_argument("--max-bytes", type=int, help="of text to read; default: all")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ class Decoding:
     """Counts over all rounds, per draft position `[K]`."""
 
     rounds: int
+    tokens: Tensor  # prompts and what followed, `[B, S + room]`; the last round's refused tokens may come after it
     reached: Tensor  # all earlier tokens of the round were accepted
     accepted: Tensor  # of those
     predicted: Tensor  # sum of alpha over the same contexts
@@ -95,7 +96,7 @@ def decode(
         reached = torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]]).double()
         sums += torch.stack([reached, accepted, reached * alpha, reached * alpha * (1 - alpha)]).sum(-1)
         progress.update()
-    return Decoding(batch * rounds, *sums.cpu())
+    return Decoding(batch * rounds, tokens, *sums.cpu())
 
 
 def on_target_vocab(q: Tensor, head: fused_lk.TargetHead) -> Tensor:

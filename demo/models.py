@@ -75,8 +75,8 @@ class Target(nn.Module):
         self.layers = nn.ModuleList(Layer(size.width) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width)
         self.head = nn.Linear(size.width, vocab_size, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
+        start_near_identity(self)
+        nn.init.zeros_(self.head.weight)
         # EAGLE-3 reads a low, a middle and a high layer.
         self.read = sorted({0, size.layers // 2, size.layers - 1})
 
@@ -108,7 +108,8 @@ class Draft(nn.Module):
         self.norm_state, self.norm_mlp, self.norm_out = (nn.RMSNorm(width) for _ in range(3))
         self.attention, self.mlp = Attention(2 * width, width), MLP(width)
         self.head = nn.Linear(width, num_tokens, bias=False)
-        nn.init.normal_(self.head.weight, std=0.02)
+        start_near_identity(self)
+        nn.init.zeros_(self.head.weight)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -154,6 +155,15 @@ def rotated(x: Tensor, offset: int) -> Tensor:
     angle = (torch.arange(x.shape[-2], device=x.device) + offset).unsqueeze(-1) * frequency
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+def start_near_identity(model: nn.Module) -> None:
+    """Residual branches start at zero: token embeddings, of unit scale, are not drowned, and few steps go far."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            nn.init.zeros_(module.out.weight)
+        elif isinstance(module, MLP):
+            nn.init.zeros_(module.down.weight)
 
 
 def num_parameters(*modules: nn.Module) -> int:
