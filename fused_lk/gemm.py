@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of an upcast block where a backend has no product with a float32 result (32 MiB in float32).
+# Elements of an upcast block of either factor where a backend has no product with a float32 result (32 MiB in float32).
 _BLOCK_ELEMENTS = 2**23
 
 
@@ -37,11 +37,13 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif _has_out_dtype(a):
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
-        wide = b.to(total.dtype)
-        step = max(1, _BLOCK_ELEMENTS // max(a.shape[1], b.shape[1], 1))
-        for start in range(0, a.shape[0], step):
-            rows = total[start : start + step]
-            torch.addmm(rows, a[start : start + step].to(total.dtype), wide, out=rows)
+        inner = max(1, _BLOCK_ELEMENTS // max(b.shape[1], 1))
+        for first in range(0, b.shape[0], inner):
+            wide = b[first : first + inner].to(total.dtype)
+            step = max(1, _BLOCK_ELEMENTS // max(wide.shape[0], wide.shape[1], 1))
+            for start in range(0, a.shape[0], step):
+                rows = total[start : start + step]
+                torch.addmm(rows, a[start : start + step, first : first + inner].to(total.dtype), wide, out=rows)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -53,6 +53,11 @@ def workspace_bytes(workspace_mb: float | str) -> int | None:
     return int(validation.number("workspace_mb", workspace_mb, above=0) * MIB)
 
 
+def is_cpu(device: torch.device) -> bool:
+    """Whether chunks are sized for a CPU's caches rather than for a GPU's memory traffic."""
+    return device.type == "cpu"
+
+
 def by_rows(
     costs: TileCosts,
     vocab_size: int,
@@ -68,10 +73,10 @@ def by_rows(
     per_pair = max(draft_row + target_row * targets_per_pair, 1)
     if budget is None:
         budget = DEFAULT_WORKSPACE_MB * MIB
-        if device.type != "cpu" and accumulates_weight:
+        if accumulates_weight and not is_cpu(device):
             budget = max(budget, int(ROWS_TO_HIDE_WEIGHT_TRAFFIC * per_pair))
     pairs = max(1, int(budget / per_pair))
-    if device.type == "cpu":
+    if is_cpu(device):
         pairs = min(pairs, MAX_CPU_ROWS)
     pairs = max(1, min(pairs, num_pairs))
     # Target rows are shared unevenly: give them what the pairs leave.

@@ -1,0 +1,1 @@
+"""Benchmarks and models of cost; run as `python -m bench.<name>` from the repository root."""
