@@ -1,1 +1,1 @@
-"""Benchmarks and models of cost; run as `python -m bench.<name>` from the repository root."""
+"""Benchmarks and proofs: time, memory, roofline, accuracy, and what the kernels compile to."""

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
 from fused_lk import validation
 from fused_lk.rowwise import Coefficients, RowStats, accumulation_dtype
@@ -21,18 +22,21 @@ from .row_stats import row_stats_kernel
 
 
 class Tile(NamedTuple):
-    """Columns that a program holds at a time, and the warps that hold them."""
+    """Columns that a program holds at a time, and the threads that hold them.
+
+    Threads, not warps: a warp has 64 of them on MI300, and as many warps would leave each thread half a load.
+    """
 
     block_v: int
-    num_warps: int
+    threads: int
 
 
 # By kernel and bytes of the widest number in it. A tile stays in registers, and a thread loads 128 bits of each tensor
-# at a time or a multiple of that: BLOCK_V = 32 threads * num_warps * (elements per thread).
+# at a time or a multiple of that: BLOCK_V = threads * (elements per thread).
 TILES = {
-    "lse_argmax": {2: Tile(4096, 8), 4: Tile(4096, 8), 8: Tile(2048, 8)},
-    "row_stats": {2: Tile(2048, 8), 4: Tile(2048, 8), 8: Tile(1024, 8)},
-    "row_grad": {2: Tile(2048, 4), 4: Tile(1024, 4), 8: Tile(512, 4)},
+    "lse_argmax": {2: Tile(4096, 256), 4: Tile(4096, 256), 8: Tile(2048, 256)},
+    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(1024, 256)},
+    "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
 KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
 
@@ -171,10 +175,11 @@ def _launch(
         return
     tile = TILES[name][width]
     if INTERPRETED:  # which pays for each operation, not for each element
-        tile = Tile(min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V), tile.num_warps)
+        tile = Tile(min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V), tile.threads)
     grid = (n, triton.cdiv(size, tile.block_v)) if by_columns else (n,)
     with _context(arguments[0].device):
-        KERNELS[name][grid](*arguments, **constants, BLOCK_V=tile.block_v, num_warps=tile.num_warps, **OPTIONS)
+        num_warps = tile.threads // _warp_size()
+        KERNELS[name][grid](*arguments, **constants, BLOCK_V=tile.block_v, num_warps=num_warps, **OPTIONS)
 
 
 def _context(device: torch.device) -> contextlib.AbstractContextManager:
@@ -182,6 +187,11 @@ def _context(device: torch.device) -> contextlib.AbstractContextManager:
     if INTERPRETED:
         return np.errstate(all="ignore")
     return torch.get_device_module(device).device(device)
+
+
+def _warp_size() -> int:
+    """Threads of a warp on the current device: 32, or 64 on AMD's data centre cards."""
+    return 32 if INTERPRETED else driver.active.get_current_target().warp_size
 
 
 def _two_floats(value: float) -> tuple[float, float]:
