@@ -147,8 +147,10 @@ class _Divergences(torch.autograd.Function):
         stats = chunked.statistics(work, layout.build(tensors))
         ctx.work, ctx.layout = work, layout
         ctx.set_materialize_grads(False)
-        # The target is saved only to be told of changes in place between forward and backward.
-        ctx.save_for_backward(*tensors, *stats[:5], *work.target.tiles.tensors())
+        # The target is saved only to be told of changes in place between forward and backward. Tensors of inference
+        # mode, which target models run in, keep no count of changes and cannot be saved.
+        of_target = (x for x in work.target.tiles.tensors() if not x.is_inference())
+        ctx.save_for_backward(*tensors, *stats[:5], *of_target)
         results = PairResults.of(stats)
         ctx.mark_non_differentiable(*(x for x in results[2:] if x is not None))
         return tuple(results)

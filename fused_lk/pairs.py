@@ -75,10 +75,14 @@ class Pairs:
         flat = {name: x.detach().reshape(-1) for name, x in given.items()}
         mask, target_rows, positions = (flat.get(name) for name in ("mask", "target_rows", "positions"))
         weights = None if mask is None or mask.dtype == torch.bool else mask
-        if skip_masked and not torch.compiler.is_compiling():
-            self._compact(mask, target_rows, positions, weights)
-        else:
+        if torch.compiler.is_compiling():
             self._keep(mask, target_rows, positions, weights)
+            return
+        with torch.inference_mode(False):  # pairs made during an evaluation serve in training too
+            if skip_masked:
+                self._compact(mask, target_rows, positions, weights)
+            else:
+                self._keep(mask, target_rows, positions, weights)
 
     def _compact(self, mask, target_rows, positions, weights) -> None:
         self.valid = self.draft_rows = self.target_rows = None
@@ -231,7 +235,8 @@ class Pairs:
             return Layout.of_all_rows(self, num_rows, per_source, min(max_pairs, max_targets))
         key = (num_rows, num_sources, max_pairs, max_targets)
         if key not in self._layouts:
-            self._layouts = {key: Layout.of_pairs(self, *key)}
+            with torch.inference_mode(False):
+                self._layouts = {key: Layout.of_pairs(self, *key)}
         return self._layouts[key]
 
 
