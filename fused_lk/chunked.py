@@ -168,7 +168,8 @@ def gradients_by_vocabulary(
     layout, k = work.layout, len(draft.sources)
     whole = layout.whole()
     costs = work.tile_costs(draft)
-    step = plan.by_vocabulary(costs, draft.vocab_size, layout.num_pairs, layout.num_targets, work.budget)
+    device = draft.sources[0].device
+    step = plan.by_vocabulary(costs, draft.vocab_size, layout.num_pairs, layout.num_targets, device, work.budget)
     tiles = _Tiles(work, draft, whole.num_pairs, whole.num_targets, step)
     acc = accumulation_dtype(draft.weight)
     rows = draft.all_rows(layout, whole)

@@ -19,9 +19,11 @@ DEFAULT_WORKSPACE_MB = 256
 # arithmetic, sets the pace of a GPU: 8 bytes of dW traffic per 2 * rows flops, 1,024 rows = 256 flops a byte.
 ROWS_TO_HIDE_WEIGHT_TRAFFIC = 1024
 
-# On a CPU 512 rows a chunk are as fast as any (measured at 1,024 x 256 x 32,000, 2 threads: 128, 256, 512 rows take
-# 430, 357, 278 ms for the three draft GEMMs); more rows only leave the cache.
-MAX_CPU_ROWS = 512
+# On a CPU tiles above 32 MiB go back to the kernel when freed (glibc's largest mmap threshold), and every page
+# of the next one faults: 20 ms per 64 MiB, 0.3 of a GEMM (measured, as are the sizes, at 1,024 x 256 x 32,000: 256, 64,
+# 48, 32 MiB take 1.30, 1.14, 1.16, 1.18 s of one thread for the recompute plan). Below 128 rows a chunk GEMMs lose more.
+CPU_WORKSPACE_MB = 64
+MIN_CPU_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ def is_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes of `workspace_mb="auto"`."""
+    return MIB * (CPU_WORKSPACE_MB if is_cpu(device) else DEFAULT_WORKSPACE_MB)
+
+
 def by_rows(
     costs: TileCosts,
     vocab_size: int,
@@ -72,28 +79,29 @@ def by_rows(
     targets_per_pair = num_targets / max(num_pairs, 1)
     per_pair = max(draft_row + target_row * targets_per_pair, 1)
     if budget is None:
-        budget = DEFAULT_WORKSPACE_MB * MIB
-        if accumulates_weight and not is_cpu(device):
+        budget = default_budget(device)
+        if is_cpu(device):
+            budget = max(budget, int(MIN_CPU_ROWS * per_pair))
+        elif accumulates_weight:
             budget = max(budget, int(ROWS_TO_HIDE_WEIGHT_TRAFFIC * per_pair))
-    pairs = max(1, int(budget / per_pair))
-    if is_cpu(device):
-        pairs = min(pairs, MAX_CPU_ROWS)
-    pairs = max(1, min(pairs, num_pairs))
+    pairs = max(1, min(int(budget / per_pair), num_pairs))
     # Target rows are shared unevenly: give them what the pairs leave.
     targets = num_targets if target_row == 0 else max(1, (budget - pairs * draft_row) // target_row)
     return Chunking(pairs, max(1, targets))
 
 
-def target_rows(vocab_size: int, num_rows: int, itemsize: int, budget: int | None) -> int:
+def target_rows(vocab_size: int, num_rows: int, itemsize: int, device: torch.device, budget: int | None) -> int:
     """Rows of a chunk of the pass over the target's full vocabulary, which holds one tile: equal pieces that fit."""
-    budget = DEFAULT_WORKSPACE_MB * MIB if budget is None else budget
+    budget = default_budget(device) if budget is None else budget
     most = max(1, budget // (row_stride(vocab_size) * itemsize))
     return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
 
-def by_vocabulary(costs: TileCosts, vocab_size: int, num_pairs: int, num_targets: int, budget: int | None) -> int:
+def by_vocabulary(
+    costs: TileCosts, vocab_size: int, num_pairs: int, num_targets: int, device: torch.device, budget: int | None
+) -> int:
     """Columns of a block over all rows that fit the budget."""
-    budget = DEFAULT_WORKSPACE_MB * MIB if budget is None else budget
+    budget = default_budget(device) if budget is None else budget
     per_column = max(1, num_pairs * costs.draft_bytes + num_targets * costs.target_bytes)
     columns = budget // per_column // ROW_ALIGNMENT * ROW_ALIGNMENT
     return min(max(columns, ROW_ALIGNMENT), vocab_size)

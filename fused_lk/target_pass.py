@@ -53,7 +53,7 @@ def over_hidden(
     argmax = torch.zeros(n, dtype=torch.long, device=hidden.device)
     cached = _cache(hidden, weight, cached_ids, cache)
     ops = row_ops(impl, hidden.device)
-    step = plan.target_rows(size, count, hidden.element_size(), budget)
+    step = plan.target_rows(size, count, hidden.element_size(), hidden.device, budget)
     tile = Tile(step, size, hidden.dtype, hidden.device)
     for start in range(0, count, step):
         stop = min(start + step, count)
