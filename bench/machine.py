@@ -52,7 +52,9 @@ def gpu_state() -> str:
     if shutil.which("nvidia-smi") is None:
         return ""
     query = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-    done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return f"{query}: {done.stdout.strip()}" if done.returncode == 0 else ""
 
 
