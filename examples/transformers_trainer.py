@@ -3,7 +3,7 @@
     python examples/transformers_trainer.py --steps 100
 
 The target is a `transformers` Llama (tiny, with random weights, so that this runs anywhere in seconds; put
-`AutoModelForCausalLM.from_pretrained(...)` in its place). All that concerns the loss is in `ttt_pairs` and `loss_of`:
+`AutoModelForCausalLM.from_pretrained(...)` in its place). All that concerns the loss is in `loss_of`:
 
     target model ──> last hidden states, and its real lm_head
     draft        ──> one hidden state tensor per test-time-training (TTT) step, and its own lm_head over d2t / t2d
@@ -11,7 +11,7 @@ The target is a `transformers` Llama (tiny, with random weights, so that this ru
 
 Row t of the draft has seen the target's features up to token t and the tokens up to t + 1 + k in step k; it predicts
 token t + 2 + k, which the target's hidden state t + 1 + k predicts. So step k scores draft row t against target row
-t + 1 + k, and nothing is shifted, sliced or copied: the pair list says which row meets which.
+t + 1 + k, and nothing is shifted, sliced or copied: the pair list, `fused_lk.Pairs.ttt`, says which row meets which.
 """
 
 from __future__ import annotations
@@ -83,19 +83,6 @@ class Draft(nn.Module):
         return hidden
 
 
-def ttt_pairs(loss_mask: Tensor, steps: int) -> fused_lk.Pairs:
-    """Draft row t of step k against target row t + 1 + k, wherever the token after that is supervised.
-
-    `loss_mask` is bool `[B, S]`, True for tokens that the model should learn to produce.
-    """
-    batch, length = loss_mask.shape
-    rows = torch.arange(batch * length, device=loss_mask.device).view(batch, length)
-    shifted = [F.pad(rows[:, 1 + k :], (0, 1 + k), value=-1) for k in range(steps)]
-    counts = [F.pad(loss_mask[:, 2 + k :], (0, 2 + k), value=False) for k in range(steps)]
-    positions = torch.arange(steps, device=loss_mask.device).view(-1, 1, 1).expand(steps, batch, length)
-    return fused_lk.Pairs(torch.stack(counts), torch.stack(shifted), positions, steps)
-
-
 def loss_of(
     draft: Draft,
     target: LlamaForCausalLM,
@@ -113,7 +100,7 @@ def loss_of(
     # Target rows that some pair uses: hidden state t counts if token t + 1 does.
     used = F.pad(loss_mask[:, 1:], (0, 1), value=False)
     scored_against = fused_lk.Target.from_hidden(body.last_hidden_state, head, used, workspace_mb=workspace_mb)
-    pairs = ttt_pairs(loss_mask, TTT_STEPS)
+    pairs = fused_lk.Pairs.ttt(loss_mask, TTT_STEPS)
     return fused_lk.lk_loss(
         hidden, draft.lm_head.weight, scored_against, pairs=pairs, workspace_mb=workspace_mb, **options
     )

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from . import gemm, plan
 from .draft import LinearDraft, LinearGradients, LogitsDraft, LogitsGradients, times
-from .pairs import Chunk, Layout, Pairs
+from .layout import Chunk, Layout
+from .pairs import Pairs
 from .rowwise import Coefficients, RowStats, accumulation_dtype
 from .target import Target
 from .workspace import Tile

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .pairs import Chunk, Layout
+from .layout import Chunk, Layout
 from .rowwise import accumulation_dtype
 from .workspace import Tile
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from . import autograd, operators
 from .autograd import PairResults
 from .call import Call
+from .layout import Layout
 from .objective import MixRule
-from .pairs import Layout
 
 
 class Engine(Protocol):

@@ -21,9 +21,10 @@ from . import autograd, chunked, target_tiles
 from .autograd import DraftTensors, PairResults
 from .call import Call
 from .chunked import Work
+from .layout import Layout
 from .objective import MixRule
 from .opaque import opaque
-from .pairs import Layout, Pairs
+from .pairs import Pairs
 from .rowwise import RowStats, accumulation_dtype
 from .target import Target
 

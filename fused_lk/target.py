@@ -11,7 +11,7 @@ from torch import Tensor
 from . import plan, target_pass, validation
 from .autocast import compute_dtype
 from .head import TargetHead, check_is_vocab, check_vocab
-from .pairs import Layout
+from .layout import Layout
 from .rowwise import IMPLS
 from .target_tiles import HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
 from .vocab import DraftVocab

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm
-from .pairs import Chunk, Layout
+from .layout import Chunk, Layout
 from .rowwise import accumulation_dtype
 from .workspace import Tile
 
