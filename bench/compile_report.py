@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -52,6 +53,13 @@ DTYPES = [
     (BF16, FP64, BF16),
     (FP64, FP32, FP64),
 ]
+QUICK = [*DTYPES[:4], (BF16, FP32, BF16), (FP32, FP32, BF16)]
+# By kernel: how many of these it has, and its optional arguments.
+KERNELS = {
+    "lse_argmax": (1, ("lse",)),
+    "row_stats": (2, ("index", "normalizer", "target_argmax")),
+    "row_grad": (3, ("index", "normalizer")),
+}
 LAYOUTS = {"aligned": 32000, "ragged": 32003, "unpadded": 32003}
 ROWS = 3
 
@@ -64,10 +72,19 @@ class Case:
     dtypes: tuple[torch.dtype, ...]
     options: tuple[str, ...]
     layout: str
+    candidate: launch.Tile | None = None  # of the opt-in autotuning; None: the shipped tile
+
+    @property
+    def width(self) -> int:
+        return 8 if FP64 in self.dtypes else max(x.itemsize for x in self.dtypes)
+
+    @property
+    def tile(self) -> launch.Tile:
+        return self.candidate or launch.TILES[self.kernel][self.width]
 
     def __str__(self) -> str:
         dtypes = "/".join(NAMES[x] for x in self.dtypes)
-        return f"{self.kernel} {dtypes} {self.layout} {'+'.join(self.options) or '-'}"
+        return f"{self.kernel} {dtypes} {self.layout} {'+'.join(self.options) or '-'} {self.tile.block_v}"
 
 
 @dataclass
@@ -79,6 +96,7 @@ class Row:
     dtypes: str
     options: str
     layout: str
+    candidate: bool
     arch: str
     block_v: int
     num_warps: int
@@ -99,23 +117,18 @@ class Row:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Every launch to look at; `quick`: all kernels and dtypes, with all optional arguments or with none."""
-    of_kernel = {
-        "lse_argmax": ("lse",),
-        "row_stats": ("index", "normalizer", "target_argmax"),
-        "row_grad": ("index", "normalizer"),
-    }
-    for kernel, names in of_kernel.items():
-        used = {"lse_argmax": 1, "row_stats": 2, "row_grad": 3}[kernel]
+    """Every launch to look at; `quick`: each class of dtypes, with all optional arguments."""
+    for kernel, (used, names) in KERNELS.items():
         subsets = [tuple(n for i, n in enumerate(names) if bits >> i & 1) for bits in range(2 ** len(names))]
-        if quick:
-            subsets = [subsets[-1]]
-        for dtypes in dict.fromkeys(x[:used] for x in DTYPES):
-            for options in subsets:
+        for dtypes in dict.fromkeys(x[:used] for x in (QUICK if quick else DTYPES)):
+            for options in subsets[-1:] if quick else subsets:
                 yield Case(kernel, dtypes, options, "aligned")
             for layout in ("ragged", "unpadded"):
                 if not quick or dtypes[0] == BF16:
                     yield Case(kernel, dtypes, subsets[-1], layout)
+            if not quick:
+                for tile in launch.CANDIDATES[Case(kernel, dtypes, (), "").width]:
+                    yield Case(kernel, dtypes, subsets[-1], "aligned", tile)
 
 
 def launcher(case: Case) -> Callable[[], None]:
@@ -148,7 +161,8 @@ def launcher(case: Case) -> Callable[[], None]:
 def compile_case(case: Case, arch: str) -> tuple[Any, float]:
     """The compiled kernel of `case`, and the seconds it took."""
     run = launcher(case)
-    with offline.compiling_for(arch) as launched:
+    shipped = {case.kernel: {case.width: case.tile}}
+    with mock.patch.dict(launch.TILES, shipped), offline.compiling_for(arch) as launched:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
@@ -161,7 +175,7 @@ def inspect(case: Case, arch: str) -> Row:
     kernel, seconds = compile_case(case, arch)
     code, card = machine_code.of(kernel), offline.CARDS[arch]
     num_warps = kernel.metadata.num_warps
-    block_v = launch.TILES[case.kernel][_width(case)].block_v
+    block_v = case.tile.block_v
     warps = machine_code.warps_per_sm(code, card, num_warps)
     read = sum(x.itemsize for x in case.dtypes[:2]) * block_v
     return Row(
@@ -170,6 +184,7 @@ def inspect(case: Case, arch: str) -> Row:
         dtypes="/".join(NAMES[x] for x in case.dtypes),
         options="+".join(case.options),
         layout=case.layout,
+        candidate=case.candidate is not None,
         arch=arch,
         block_v=block_v,
         num_warps=num_warps,
@@ -186,11 +201,13 @@ def inspect(case: Case, arch: str) -> Row:
         fused=code.fused,
         instructions=code.instructions,
         seconds=round(seconds, 3),
-        breaches=list(breaches(case, kernel, code, card)),
+        breaches=list(breaches(case, kernel, code, card, block_v // (num_warps * card.target.warp_size))),
     )
 
 
-def breaches(case: Case, kernel: Any, code: machine_code.MachineCode, card: offline.Card) -> Iterator[str]:
+def breaches(
+    case: Case, kernel: Any, code: machine_code.MachineCode, card: offline.Card, elements: int
+) -> Iterator[str]:
     """What the binary does that it should not."""
     if code.spills or code.stack:
         yield f"spills: {code.spills} local-memory instructions, {code.stack} bytes of stack"
@@ -199,11 +216,15 @@ def breaches(case: Case, kernel: Any, code: machine_code.MachineCode, card: offl
     ttir = kernel.asm["ttir"]
     if (unasked := code.fused - _explicit_fused(ttir)) > 0:
         yield f"fused: {unasked} multiply-adds"
-    for what, op, wide, narrow in (
-        ("loads", "load", sum(n for b, n in code.loads.items() if b >= 128), code.narrow_loads()),
-        ("stores", "store", sum(n for b, n in code.stores.items() if b >= 128), code.narrow_stores()),
+    for what, op, counts, dtypes in (
+        ("loads", "load", code.loads, case.dtypes[:2]),
+        ("stores", "store", code.stores, case.dtypes[2:]),
     ):
         tiles, scalars = memory_sites(ttir, op)
+        # A thread has as many elements of each tensor: beside float64, 64 bits of bfloat16 are all there is of it.
+        least_bits = min([128, *(8 * x.itemsize * elements for x in dtypes)])
+        narrow = sum(n for bits, n in counts.items() if bits < least_bits)
+        wide = counts.total() - narrow
         if case.layout == "aligned" and narrow > scalars:
             yield f"narrow: {narrow} {what} for {scalars} numbers per row"
         # each site is in the loop or in the masked rest of it, and the rest may be narrow in ragged rows
@@ -228,10 +249,6 @@ def _explicit_fused(ttir: str) -> int:
     return sum(12 if op == "math.log" else 6 for op in ends)
 
 
-def _width(case: Case) -> int:
-    return 8 if FP64 in case.dtypes else max(x.itemsize for x in case.dtypes)
-
-
 def _inspect_all(arguments: tuple[str, list[Case]]) -> list[Row]:
     arch, chosen = arguments
     torch.set_num_threads(1)
@@ -251,13 +268,14 @@ def markdown(rows: list[Row]) -> str:
     """One line per kernel, dtypes, layout and card: the worst over the optional arguments."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.kernel, row.dtypes, row.layout, row.arch), []).append(row)
+        rows_are = f"{row.layout} (autotune)" if row.candidate else row.layout
+        groups.setdefault((row.kernel, row.dtypes, rows_are, row.arch, row.block_v, row.num_warps), []).append(row)
     lines = [
         "| kernel | z/t/gradient | rows | card | tile x warps | registers | spills | stack | shared B | warps/SM "
         "| in flight KiB/SM | loads (bits x n) | stores | compile s |",
         "|" + "---|" * 14,
     ]
-    for (kernel, dtypes, layout, arch), group in groups.items():
+    for (kernel, dtypes, layout, arch, *_tile), group in groups.items():
         worst = max(group, key=lambda r: (len(r.breaches), r.registers))
         lines.append(
             f"| {kernel} | {dtypes} | {layout} | {arch} {offline.CARDS[arch].cards} "

@@ -40,12 +40,6 @@ class MachineCode:
     fused: int = 0  # float32 multiply-adds
     instructions: int = 0
 
-    def narrow_loads(self) -> int:
-        return sum(n for bits, n in self.loads.items() if bits < 128)
-
-    def narrow_stores(self) -> int:
-        return sum(n for bits, n in self.stores.items() if bits < 128)
-
 
 def of(kernel: Any) -> MachineCode:
     """The figures of a `triton.compiler.CompiledKernel`."""

@@ -16,6 +16,7 @@ from triton.runtime.driver import driver
 from fused_lk import validation
 from fused_lk.rowwise import Coefficients, RowStats, accumulation_dtype
 
+from . import autotune
 from .lse_argmax import lse_argmax_kernel
 from .row_grad import row_grad_kernel
 from .row_stats import row_stats_kernel
@@ -31,12 +32,25 @@ class Tile(NamedTuple):
     threads: int
 
 
-# By kernel and bytes of the widest number in it. A tile stays in registers, and a thread loads 128 bits of each tensor
-# at a time or a multiple of that: BLOCK_V = threads * (elements per thread).
+# By kernel and bytes of the widest number in it: BLOCK_V = threads * (elements a thread). A thread loads 128 bits of
+# each tensor at a time or a multiple of that, and the tile stays in registers (published: past 128 elements a thread it
+# spills, and an A100 ran at 6 % of its bandwidth). Figures: the worst of A100, H100, B200 and all optional arguments,
+# rows aligned, in `python -m bench.compile_report`.
 TILES = {
+    # One pass, less state: 16 elements a thread take a sixth fewer instructions each than 8, and leave 16 warps an SM.
     "lse_argmax": {2: Tile(4096, 256), 4: Tile(4096, 256), 8: Tile(2048, 256)},
+    # Ten numbers of state an element. With 8 elements: at most 112 registers, so that 2 or 3 rows share an SM (one ends
+    # while another loads; many more, and their second pass would miss the cache) and wait for 16 to 24 KiB. With 16: up
+    # to 181 registers, one row an SM, some spills. Published: 4,096 x 8 warps on H100, for kernels that keep no state.
     "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(1024, 256)},
+    # No state: 40 to 48 registers, 40 to 64 warps an SM; small blocks, because a vocabulary ends in a part of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
+}
+# What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report.
+CANDIDATES = {
+    2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256), Tile(4096, 512), Tile(8192, 512)),
+    4: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 512)),
+    8: (Tile(512, 128), Tile(1024, 256), Tile(2048, 512)),
 }
 KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
 
@@ -173,13 +187,20 @@ def _launch(
     n, size = shape
     if n == 0:
         return
-    tile = TILES[name][width]
-    if INTERPRETED:  # which pays for each operation, not for each element
-        tile = Tile(min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V), tile.threads)
-    grid = (n, triton.cdiv(size, tile.block_v)) if by_columns else (n,)
+    kernel = KERNELS[name]
+
+    def grid(meta: dict[str, Any]) -> tuple[int, ...]:
+        return (n, triton.cdiv(size, meta["BLOCK_V"])) if by_columns else (n,)
+
     with _context(arguments[0].device):
-        num_warps = tile.threads // _warp_size()
-        KERNELS[name][grid](*arguments, **constants, BLOCK_V=tile.block_v, num_warps=num_warps, **OPTIONS)
+        if autotune.enabled() and not INTERPRETED:
+            kernel = autotune.tuned(name, kernel, CANDIDATES[width], _warp_size())
+        elif INTERPRETED:  # which pays for each operation, not for each element
+            constants |= {"BLOCK_V": min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V)}
+        else:
+            tile = TILES[name][width]
+            constants |= {"BLOCK_V": tile.block_v, "num_warps": tile.threads // _warp_size()}
+        kernel[grid](*arguments, **constants, **OPTIONS)
 
 
 def _context(device: torch.device) -> contextlib.AbstractContextManager:
@@ -191,7 +212,7 @@ def _context(device: torch.device) -> contextlib.AbstractContextManager:
 
 def _warp_size() -> int:
     """Threads of a warp on the current device: 32, or 64 on AMD's data centre cards."""
-    return 32 if INTERPRETED else driver.active.get_current_target().warp_size
+    return driver.active.get_current_target().warp_size
 
 
 def _two_floats(value: float) -> tuple[float, float]:
