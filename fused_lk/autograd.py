@@ -79,10 +79,14 @@ def divergence_gradients(
     scale = near_unit_scale(d_log_alpha, d_kl)
     draft = layout.build(tensors)
     needs_weight = layout.linear and needs[layout.num_sources]
-    by_vocabulary = plan.walks_by_vocabulary(draft.vocab_size, work.layout.num_pairs, needs_weight)
-    walk = chunked.gradients_by_vocabulary if by_vocabulary else chunked.gradients_by_rows
+    arguments = (needs, stats, d_log_alpha / scale, d_kl / scale, scale)
     with torch.autocast(stats.kl.device.type, enabled=False):  # wherever the caller runs its backward
-        gradients = walk(work, draft, needs, stats, d_log_alpha / scale, d_kl / scale, scale)
+        if isinstance(draft, LinearDraft) and plan.walks_by_vocabulary(
+            draft.vocab_size, work.layout.num_pairs, needs_weight
+        ):
+            gradients = chunked.gradients_by_vocabulary(work, draft, *arguments)
+        else:
+            gradients = chunked.gradients_by_rows(work, draft, *arguments)
     return _shaped(gradients, [x.shape for x in tensors])
 
 
@@ -123,7 +127,9 @@ def release(
 ) -> list[Tensor | None]:
     """What one pass held, times its scale and the upstream gradient, in the dtypes and shapes of `like`."""
     scale = scale * d_loss
-    gradients = [times(x, scale, dtype, in_place=False) for x, (dtype, _) in zip(held, like, strict=True)]
+    gradients = [
+        None if x is None else times(x, scale, dtype, in_place=False) for x, (dtype, _) in zip(held, like, strict=True)
+    ]
     return _shaped(gradients, [shape for _, shape in like])
 
 

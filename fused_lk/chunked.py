@@ -177,8 +177,9 @@ def gradients_by_vocabulary(
     normalizer = work.pair_normalizer()
     d_rows = rows.new_zeros(rows.shape, dtype=acc) if any(needs[:k]) else None
     d_weight = torch.empty_like(draft.weight, memory_format=torch.contiguous_format) if needs[k] else None
-    wants_bias = draft.bias is not None and needs[k + 1]
-    d_bias = draft.bias.new_empty(draft.bias.shape, dtype=acc) if wants_bias else None
+    d_bias = None
+    if draft.bias is not None and needs[k + 1]:
+        d_bias = draft.bias.new_empty(draft.bias.shape, dtype=acc)
     wide = acc if draft.dtype == torch.float16 else draft.dtype  # a block of dW, until its scale is applied
 
     for start in range(0, draft.vocab_size, step):
@@ -199,8 +200,9 @@ def gradients_by_vocabulary(
             d_bias[columns] = g.sum(0, dtype=acc)
     del tiles, arguments, z, t, g, rows
     hidden = draft.hidden_gradients(layout, whole, d_rows, scale, needs[:k])
-    head = [d_weight] if draft.bias is None else [d_weight, times(d_bias, scale, draft.dtype, in_place=True)]
-    return [*hidden, *head]
+    if d_bias is not None:
+        d_bias = times(d_bias, scale, draft.dtype, in_place=True)
+    return [*hidden, d_weight] if draft.bias is None else [*hidden, d_weight, d_bias]
 
 
 def _empty_stats(work: Work, draft: Draft) -> RowStats:

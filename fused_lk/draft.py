@@ -83,9 +83,10 @@ class LinearDraft:
         return False
 
     def fill(
-        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`(z, h)` of the chunk's pairs for a block of columns; `h` may be handed in as `rows`."""
+        assert tile is not None  # these logits lie nowhere yet
         h = _gather(self.sources, layout, chunk, None) if rows is None else rows
         z = tile.view(chunk.num_pairs, columns.stop - columns.start)
         gemm.linear_into(z, h, self.weight[columns], None if self.bias is None else self.bias[columns])
@@ -101,11 +102,11 @@ class LinearDraft:
         """dH of each source from `rows` `[P, H]`, times `scale`."""
         if rows is None:
             return [None] * len(self.sources)
-        rows = times(rows, scale, self.dtype, in_place=True)
+        scaled = times(rows, scale, self.dtype, in_place=True)
         if layout.flat_rows is None and len(self.sources) == 1:
-            return [rows]
+            return [scaled]
         buffers = _gradient_buffers(self.sources, needs, layout)
-        _scatter(buffers, layout, chunk, rows)
+        _scatter(buffers, layout, chunk, scaled)
         return buffers
 
     def gradients(self, layout: Layout, needs: Sequence[bool]) -> LinearGradients:
@@ -132,18 +133,19 @@ class LinearGradients:
         """Where the row operations write: over the logits, or a tile of the compute dtype."""
         return z if tile is None else tile.view(*z.shape)
 
-    def add(self, chunk: Chunk, h: Tensor, g: Tensor) -> None:
+    def add(self, chunk: Chunk, h: Tensor | None, g: Tensor) -> None:
         """Take the gradient `g` `[n, V]` with respect to the chunk's logits."""
         draft, layout = self.draft, self.layout
         if any(x is not None for x in self.hidden):
             if layout.rows is None and len(chunk.segments) == 1:
                 source, start, stop = chunk.segments[0]
                 first = start - source * layout.rows_per_source
-                if self.hidden[source] is not None:
-                    gemm.product_into(self.hidden[source][first : first + stop - start], g, draft.weight)
+                into = self.hidden[source]
+                if into is not None:
+                    gemm.product_into(into[first : first + stop - start], g, draft.weight)
             else:
                 _scatter(self.hidden, layout, chunk, torch.mm(g, draft.weight))
-        if self.weight is not None:
+        if self.weight is not None and h is not None:
             gemm.accumulate(self.weight, g.t(), h)
         if self.bias is not None:
             self.bias.add_(g.sum(0, dtype=self.bias.dtype))
@@ -156,8 +158,8 @@ class LinearGradients:
 
     def scaled(self, scale: Tensor) -> list[Tensor | None]:
         """The gradients times `scale`, in their final dtypes, reusing their memory where that has the right dtype."""
-        hidden = [times(x, scale, self.draft.dtype, in_place=True) for x in self.hidden]
-        return [*hidden, *(times(x, scale, self.draft.dtype, in_place=True) for x in self._release_head())]
+        hidden = [_times(x, scale, self.draft.dtype) for x in self.hidden]
+        return [*hidden, *(_times(x, scale, self.draft.dtype) for x in self._release_head())]
 
     def _release_head(self) -> list[Tensor | None]:
         head = [self.weight] if self.draft.bias is None else [self.weight, self.bias]
@@ -207,7 +209,7 @@ class LogitsGradients:
         into = self.logits[source]
         return torch.empty_like(z) if into is None else into[first : first + stop - start]
 
-    def add(self, chunk: Chunk, h: None, g: Tensor) -> None:
+    def add(self, chunk: Chunk, h: Tensor | None, g: Tensor) -> None:
         if not self.in_place:
             _scatter(self.logits, self.layout, chunk, g)
 
@@ -218,11 +220,13 @@ class LogitsGradients:
         return [x if x is None else times(x, scale, x.dtype, in_place=True) for x in self.logits]
 
 
-def times(x: Tensor | None, scale: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor | None:
+def times(x: Tensor, scale: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """`x * scale` in `dtype`; over `x` where `in_place` and the dtype allow.
 
     `scale` is `[1]`, not a scalar tensor: that makes the product one of `scale`'s dtype, rounded once.
     """
-    if x is None:
-        return None
     return torch.mul(x, scale, out=x if in_place and x.dtype == dtype else torch.empty_like(x, dtype=dtype))
+
+
+def _times(x: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None else times(x, scale, dtype, in_place=True)

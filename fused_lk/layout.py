@@ -83,7 +83,8 @@ class Layout:
     @classmethod
     def of_pairs(cls, pairs: Pairs, num_rows: int, num_sources: int, max_pairs: int, max_targets: int) -> Layout:
         """The compacted pairs, cut between target rows where possible, so that each target row is made once."""
-        count, targets = pairs.num_pairs, pairs._host_targets
+        assert pairs.draft_rows is not None and pairs.target_rows is not None
+        count, targets = len(pairs.draft_rows), pairs._host_targets
         new_target = np.ones(count, dtype=bool)
         new_target[1:] = targets[1:] != targets[:-1]
         starts = np.append(np.flatnonzero(new_target), count)  # pair at which each distinct target row starts
@@ -93,11 +94,12 @@ class Layout:
         per_source = num_rows // num_sources
         source = pairs._host_draft // max(per_source, 1)
         chunk_of = np.repeat(np.arange(len(cuts)), [b - a for a, b, _ in cuts])
-        draft_rows, order = pairs.draft_rows, None
+        flat_rows, order = pairs.draft_rows, None
         if num_sources > 1:
             host_order = np.argsort(chunk_of * num_sources + source, kind="stable")
             source = source[host_order]
             order = torch.from_numpy(host_order).to(pairs.device)
+            flat_rows = flat_rows[order]
 
         def arrange(x: Tensor | None) -> Tensor | None:
             return x if x is None or order is None else x[order]
@@ -110,7 +112,6 @@ class Layout:
             unique_targets = pairs.target_rows.new_empty(num_targets).scatter_(0, unique_index, pairs.target_rows)
             unique_index = arrange(unique_index)
 
-        flat_rows = arrange(draft_rows)
         chunks = []
         for a, b, unique in cuts:
             counts = np.bincount(source[a:b], minlength=num_sources)

@@ -48,15 +48,15 @@ class Pairs:
         *,
         skip_masked: bool = True,
     ) -> None:
-        given = {"mask": mask, "target_rows": target_rows, "positions": positions}
-        given = {name: x for name, x in given.items() if x is not None}
+        inputs = {"mask": mask, "target_rows": target_rows, "positions": positions}
+        given = {name: x for name, x in inputs.items() if x is not None}
         for name, x in given.items():
             dtypes = (torch.bool, *validation.FLOATS) if name == "mask" else (torch.int64,)
             validation.tensor(name, x, dtypes=dtypes)
-        first = next(iter(given.items()), None)
+        first, like = next(iter(given.items()), ("", torch.empty(0)))
         for name, x in given.items():
-            validation.shape(name, x, tuple(first[1].shape), f"the shape of {first[0]}")
-            validation.same_device(first[1].device, **{name: x})
+            validation.shape(name, x, tuple(like.shape), f"the shape of {first}")
+            validation.same_device(like.device, **{name: x})
         if positions is not None and num_positions is None:
             validation.fail(
                 "num_positions with positions", "positions alone", "Pass num_positions, the number of draft positions."
@@ -67,8 +67,8 @@ class Pairs:
             validation.fail("num_positions to be a positive int", num_positions, "Pass the number of draft positions.")
 
         self.num_positions = num_positions or 1
-        self.shape = None if first is None else tuple(first[1].shape)
-        self.device = None if first is None else first[1].device
+        self.shape = tuple(like.shape) if given else None
+        self.device = like.device if given else None
         self.is_identity = mask is None and target_rows is None
         self.skip_masked = skip_masked
         flat = {name: x.detach().reshape(-1) for name, x in given.items()}
@@ -190,8 +190,12 @@ class Pairs:
         target_rows = (sequence * length + rows).masked_fill(ends, -1)
         return cls(counts, target_rows, positions.contiguous(), num_positions, skip_masked=skip_masked)
 
-    def _compact(self, mask, target_rows, positions, weights) -> None:
-        self.valid = self.draft_rows = self.target_rows = None
+    def _compact(
+        self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None, weights: Tensor | None
+    ) -> None:
+        self.valid: Tensor | None = None
+        self.draft_rows: Tensor | None = None
+        self.target_rows: Tensor | None = None
         self.weights, self.positions = weights, positions
         self._layouts: dict[tuple[int, ...], Layout] = {}
         if self.shape is None:
@@ -230,7 +234,9 @@ class Pairs:
     def _is_arange(self) -> bool:
         return np.array_equal(self._host_targets, np.arange(len(self._host_targets)))
 
-    def _keep(self, mask, target_rows, positions, weights) -> None:
+    def _keep(
+        self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None, weights: Tensor | None
+    ) -> None:
         self.draft_rows = None
         self.target_rows = None if target_rows is None else target_rows.clamp(min=0)
         self.valid = None if mask is None else mask > 0
@@ -286,7 +292,8 @@ class Pairs:
         positions = torch.zeros_like(rows) if self.positions is None else self.positions
         if self.draft_rows is None:
             return weights[:num_rows], rows, positions
-        return tuple(x.new_zeros(num_rows).index_copy(0, self.draft_rows, x) for x in (weights, rows, positions))
+        spread = [x.new_zeros(num_rows).index_copy(0, self.draft_rows, x) for x in (weights, rows, positions)]
+        return spread[0], spread[1], spread[2]
 
     def check_target(self, num_rows: int, num_targets: int, computed: np.ndarray | None) -> None:
         """Every pair's target row exists (and was computed, where the target says which rows were).
@@ -302,7 +309,7 @@ class Pairs:
                     f"{num_targets} target rows",
                     "Pass target_rows: for each draft row, the row of the flattened target.",
                 )
-            used = slice(None)
+            used = np.arange(0 if computed is None else num_rows)
         elif self.draft_rows is None or self.num_pairs == 0 or torch.compiler.is_compiling():
             return
         else:

@@ -91,7 +91,7 @@ KERNELS = [
     Mutation("guard", GRAD, "tl.where(possible, log_alpha, 0.0)", "log_alpha", "tests/test_extremes.py::test_no_token_in_common"),
     Mutation("scale", GRAD, "tl.load(d_kl_ptr + row).to(ACC) * z_scale", "tl.load(d_kl_ptr + row).to(ACC)", TILES),
     Mutation("index", GRAD, "tl.load(d_log_acceptance_ptr + row)", "tl.load(d_log_acceptance_ptr)", TILES),
-    Mutation("off by one", LAUNCH, "triton.cdiv(size, tile.block_v)", "max(1, size // tile.block_v)", TILES),
+    Mutation("off by one", LAUNCH, 'triton.cdiv(size, meta["BLOCK_V"])', 'max(1, size // meta["BLOCK_V"])', TILES),
     Mutation("stride", LAUNCH, "None if x is None else x.contiguous()", "x", FUZZ),
     Mutation("stride", LAUNCH, "if x.stride(1) == 1 or x.shape[1] == 1", "if True", FUZZ),
     Mutation("stride", LAUNCH, "if into is not gradient_out", "if False", FUZZ),
