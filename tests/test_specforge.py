@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from importlib import metadata
 
 import peers
@@ -219,25 +220,28 @@ class SplitAdapter(PEER.adapters.UspAdapter):
         return state
 
     def reduce_metrics(self, *, local_correct, local_denom):
-        self.calls.append((local_correct.detach(), local_denom.detach()))
+        requires_grad = local_correct.requires_grad, local_denom.requires_grad
+        self.calls.append((local_correct.detach(), local_denom.detach(), requires_grad))
         return local_correct * 2 + 0.25, local_denom * 3 + 1
 
     def reduce_loss(self, loss):
+        self.calls.append((loss.detach(), loss.requires_grad))
         return loss * 1.5
 
 
 @pytest.mark.parametrize("lk_loss_type", [None, "alpha", "lambda"])
 def test_sequence_parallel_adapter(lk_loss_type):
-    """Sliced rows and distributed reducers, called as often and with the same numbers."""
+    """Sliced rows and distributed reducers, called as often, in the same order, with the same numbers."""
     model, batch = make_model(lk_loss_type), make_batch(0)
     calls: list = []
     model._make_adapter = lambda: SplitAdapter(model, calls)
     expected, reduced = run(model, batch), list(calls)
     calls.clear()
     assert_same(run(specforge.apply(model), batch), expected)
-    assert len(calls) == len(reduced) == 3 * STEPS
+    assert len(calls) == len(reduced) == 4 * STEPS
     for got, want in zip(calls, reduced, strict=True):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got[:-1], want[:-1])
+        assert got[-1] == want[-1], "a collective needs its backward on every rank, or on none"
 
 
 def test_evaluation_needs_no_gradient():
@@ -277,11 +281,44 @@ def test_unapply_restores():
         assert torch.equal(got, want)
 
 
-def test_copies_are_independent():
-    model, batch = specforge.apply(make_model("lambda")), make_batch(0)
-    other = copy.deepcopy(model)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_applied_and_independent(copied):
+    model, batch = specforge.apply(make_model("lambda"), **SMALL), make_batch(0, "compact")
+    expected = run(model, batch)
+    other = copied(model)
+    assert_same(run(other, batch), expected, rtol=0)
+    ours, theirs = vars(model)["forward"], vars(other)["forward"]
+    assert theirs.model is other and theirs.run.options == SMALL
+    assert theirs.run.head is not ours.run.head, "what is kept of one model is not that of another"
     torch.nn.init.zeros_(other.draft_model.lm_head.weight)
-    assert run(other, batch)[0][0][0] != run(model, batch)[0][0][0]
+    assert run(other, batch)[0][0][0] != expected[0][0][0]
+    assert_same(run(model, batch), expected, rtol=0)
+    assert vars(specforge.unapply(other)).keys() == vars(make_model()).keys()
+    assert "forward" in vars(model)
+
+
+def test_checkpoints_are_theirs():
+    """An applied model saves and loads what an unapplied one does."""
+    theirs, ours = make_model("alpha"), specforge.apply(make_model("alpha"))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    batch = make_batch(0)
+    assert_same(run(ours, batch), run(theirs, batch))
+
+
+@pytest.mark.parametrize("kind", ["logits", "compact"])
+def test_accumulation(kind):
+    """Gradients of several batches add up, as `no_sync` micro-steps have them."""
+    theirs = make_model("lambda")
+    ours = specforge.apply(copy.deepcopy(theirs), **SMALL)
+    gradients = []
+    for model in (ours, theirs):
+        for seed in range(3):
+            (sum(model(**make_batch(seed, kind))[0]) / 3).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_gradients_agree(*gradients)
 
 
 class OtherForward(PEER.model.OnlineEagle3Model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from importlib import metadata
 
 import peers
@@ -203,7 +204,7 @@ def test_compiled():
     expected = run(model, batch)
     speculators.apply(model)
     compiled = torch._dynamo.testing.CompileCounter()
-    body = vars(model)["forward"].__func__.run
+    body = vars(model)["forward"].run
     body.forward = torch.compile(body.forward, backend=compiled)
     for _ in range(3):
         assert_same(run(model, batch), expected)
@@ -225,6 +226,33 @@ def test_unapply_restores():
     speculators.unapply(model)
     speculators.unapply(model)
     assert vars(model) == before and vars(PEER.core) == module
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_applied_and_independent(copied):
+    model, batch = speculators.apply(make_model(), **SMALL), make_batch()
+    expected = run(model, batch)
+    other = copied(model)
+    assert_same(run(other, batch), expected, rtol=0)
+    attached = vars(other)["forward"]
+    assert attached.model is other and attached.run.options == SMALL and attached is not vars(model)["forward"]
+    torch.nn.init.zeros_(other.lm_head.weight)
+    assert run(other, batch)[0][1] != expected[0][1]
+    assert_same(run(model, batch), expected, rtol=0)
+    assert list(other.state_dict()) == list(make_model().state_dict())
+
+
+def test_accumulation():
+    theirs = make_model()
+    ours = speculators.apply(copy.deepcopy(theirs), **SMALL)
+    gradients = []
+    for model in (ours, theirs):
+        for seed in range(3):
+            batch = make_batch(seed)
+            (model(**batch, loss_config=PEER.utils.resolve_loss_config("lk_hybrid", "eager"))[1] / 3).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, want in gradients[1].items():
+        assert (gradients[0][name] - want).abs().max() <= 1e-5 * want.abs().max(), name
 
 
 class OtherForward(PEER.core.Eagle3DraftModel):

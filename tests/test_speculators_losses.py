@@ -121,6 +121,15 @@ def test_register_and_unregister():
     assert resolve("tv") == {"tv": (PEER.utils.tv_loss, 1.0)}
 
 
+def test_unregister_leaves_what_others_registered(registered):
+    table = PEER.utils._FUSED_LOSS_FN_MAP
+    theirs = lambda logits, targets: logits.sum(-1)  # noqa: E731
+    published, table["tv"] = speculators.losses._replaced["tv"], theirs
+    speculators.unregister()
+    assert table["tv"] is theirs and table["nla"] is not speculators.fused_nla_loss
+    table["tv"] = published
+
+
 def test_registered_losses_train(registered):
     """Through their own masked, decayed mean."""
     logits, targets = make_logits()

@@ -7,7 +7,6 @@ another model, thread or caller could see; the one thing that is set, `forward` 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from importlib import metadata
@@ -104,19 +103,26 @@ def shadow(module: nn.Module, **own: Any) -> Any:
 
 
 class Forward:
-    """A `forward` for one model instance, `run(model, ...)`; the class's own is untouched beneath it."""
+    """A `forward` for one model instance, `run(model, ...)`; the class's own is untouched beneath it.
 
-    def __init__(self, published: Callable[..., Any], run: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, published, updated=())
-        self.run = run
+    An object that holds its model, not a bound method: a copy of the model gets one of its own, and a pickled model
+    (which would look a method up by its name, and find the class's) keeps it.
+    """
 
-    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run(model, *args, **kwargs)
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+        self.model, self.run = model, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.model).forward, self.model))
 
 
-def attach(model: nn.Module, published: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Let `model.forward` be `run(model, ...)`."""
-    model.forward = MethodType(Forward(published, run), model)
+def attach(model: nn.Module, run: Callable[..., Any]) -> None:
+    """Let `model.forward` be `run(model, ...)`; `run` is pickled and copied with the model."""
+    model.forward = Forward(model, run)
 
 
 def detach(model: nn.Module) -> None:
@@ -126,7 +132,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _is_ours(attribute: Any) -> bool:
-    return isinstance(getattr(attribute, "__func__", None), Forward)
+    return isinstance(attribute, Forward)
 
 
 def linear_head(name: str, head: Any) -> nn.Linear:
@@ -147,13 +153,19 @@ def linear_head(name: str, head: Any) -> nn.Linear:
 
 
 class Memo:
-    """`make(*arguments)`, made again only when a tensor is another one or was written to, or another value differs."""
+    """`make(*arguments)`, made again only when a tensor is another one or was written to, or another value differs.
+
+    A copy has made nothing yet.
+    """
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self.make = make
         self._tensors: tuple[Tensor, ...] = ()
         self._versions: tuple[Any, ...] = ()
         self._made: Any = None
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[Callable[..., Any]]]:
+        return Memo, (self.make,)
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = tuple(x for x in arguments if isinstance(x, Tensor))

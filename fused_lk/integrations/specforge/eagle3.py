@@ -64,7 +64,7 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto")
     seams.require_unmodified(model, OnlineEagle3Model, "forward", "_acc_and_loss")
     seams.require_names(OnlineEagle3Model.forward, *_TARGET_BUILDERS, "compute_logits", "_acc_and_loss")
     seams.linear_head("draft_model.lm_head", model.draft_model.lm_head)
-    seams.attach(model, OnlineEagle3Model.forward, _Eagle3(OnlineEagle3Model.forward, impl, workspace_mb))
+    seams.attach(model, _Eagle3(OnlineEagle3Model.forward, impl, workspace_mb))
     return model
 
 
@@ -82,6 +82,9 @@ class _Eagle3:
         self.options: dict[str, Any] = {"impl": impl, "workspace_mb": workspace_mb}
         self.vocab = seams.Memo(DraftVocab)
         self.head = seams.Memo(self._make_head)
+
+    def __reduce__(self) -> tuple[type[_Eagle3], tuple[Any, ...]]:
+        return _Eagle3, (self.published, *self.options.values())
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> tuple[list[Tensor], ...]:
         step = _Step(self, model)
@@ -199,9 +202,10 @@ class _Step:
             )
         num_rows = rows.cross_entropy.numel()  # every row, supervised or not
         loss = adapter.reduce_loss(rows.cross_entropy.sum() / num_rows)
-        acceptance_rate, log_acceptance_rate = acceptance_means(
-            rows.divergences, position_mask, reduce_fn=adapter.reduce_metrics
-        )
+        with torch.set_grad_enabled(self.model.lk_loss_type is not None and torch.is_grad_enabled()):
+            acceptance_rate, log_acceptance_rate = acceptance_means(
+                rows.divergences, position_mask, reduce_fn=adapter.reduce_metrics
+            )
         if self.model.lk_loss_type is not None:
             loss = compute_lk_loss(
                 kl_loss=loss,

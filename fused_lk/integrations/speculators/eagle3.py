@@ -67,7 +67,7 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto")
     seams.require_names(inspect.unwrap(published), "compute_metrics", "lm_head", "verifier_lm_head")
     for name in ("lm_head", "verifier_lm_head"):
         seams.linear_head(name, getattr(model, name))
-    seams.attach(model, published, _Eagle3(published, impl, workspace_mb))
+    seams.attach(model, _Eagle3(published, impl, workspace_mb))
     return model
 
 
@@ -86,6 +86,9 @@ class _Eagle3:
         self.signature = inspect.signature(published)
         self.forward = conditional_torch_compile(seams.with_globals(published, compute_metrics=_record))
         self.options: dict[str, Any] = {"impl": impl, "workspace_mb": workspace_mb}
+
+    def __reduce__(self) -> tuple[type[_Eagle3], tuple[Any, ...]]:
+        return _Eagle3, (self.published, *self.options.values())
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.signature.bind(model, *args, **kwargs).arguments

@@ -100,9 +100,10 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`; nothing happens without one."""
+    """Undo `register`; nothing happens without one. What another caller registered since then stays."""
     if _replaced:
         from speculators.losses import utils
 
-        utils._FUSED_LOSS_FN_MAP.update(_replaced)
+        ours = {name for name, loss in FUSED.items() if utils._FUSED_LOSS_FN_MAP.get(name) is loss}
+        utils._FUSED_LOSS_FN_MAP.update({name: loss for name, loss in _replaced.items() if name in ours})
         _replaced.clear()
