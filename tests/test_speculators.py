@@ -77,7 +77,7 @@ def assert_same(ours, theirs, rtol=1e-5):
     ((tokens, loss, metrics), gradients), ((their_tokens, their_loss, their_metrics), their_gradients) = ours, theirs
     assert len(tokens) == len(their_tokens) and all(map(torch.equal, tokens, their_tokens))
     torch.testing.assert_close(loss, their_loss, rtol=rtol, atol=0)
-    assert metrics.keys() == their_metrics.keys()
+    assert list(metrics) == list(their_metrics)
     for name, want in their_metrics.items():
         assert not metrics[name].requires_grad
         torch.testing.assert_close(metrics[name], want, rtol=rtol, atol=0, msg=f"{name}: {{}}".format)

@@ -96,10 +96,11 @@ class _Eagle3:
             return self.published(model, *args, **kwargs)
         loss_config = _terms(given.get("loss_config"))
         body = seams.shadow(model, lm_head=_identity, verifier_lm_head=_identity)
-        placeholders, _, metrics = self.forward(body, *args, **kwargs)
-        records = [metrics.pop(step) for step in range(len(placeholders))]
+        placeholders, _, totals = self.forward(body, *args, **kwargs)
+        records = [totals.pop(step) for step in range(len(placeholders))]
         draft, target = self._rows(model, records)
-        total = torch.zeros((), device=draft[0].device)
+        total = torch.tensor(0.0, device=draft[0].device)
+        metrics: dict[str, Tensor] = {}
         prev_correct = records[0]["prev_correct"]  # updated by each step for the next
         for step, (rows, record) in enumerate(zip(draft, records, strict=True)):
             loss, of_step = self.compute_metrics(
@@ -107,7 +108,7 @@ class _Eagle3:
             )
             total = total + loss
             metrics.update(of_step)
-        metrics["loss_sum"] = total.detach().clone()
+        metrics.update(totals, loss_sum=total.detach().clone())
         return [rows.token_ids for rows in draft], total, metrics
 
     def _rows(self, model: Any, records: list[dict[str, Any]]) -> tuple[list[Any], Any]:
