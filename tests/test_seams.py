@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -24,11 +27,11 @@ class Model(nn.Module):
 
 def test_globals_are_replaced_in_a_copy():
     model, x = Model(), torch.ones(3)
-    copy = seams.with_globals(Model.forward, SCALE=3.0)
-    torch.testing.assert_close(copy(model, x) - 1, 1.5 * (model(x) - 1))
-    torch.testing.assert_close(copy(model, x, 0.0, power=2), 3 * model.head(x) ** 2)
+    other = seams.with_globals(Model.forward, SCALE=3.0)
+    torch.testing.assert_close(other(model, x) - 1, 1.5 * (model(x) - 1))
+    torch.testing.assert_close(other(model, x, 0.0, power=2), 3 * model.head(x) ** 2)
     wrapped = functools.wraps(Model.forward)(lambda *_: None)
-    assert torch.equal(seams.with_globals(wrapped, SCALE=3.0)(model, x), copy(model, x))
+    assert torch.equal(seams.with_globals(wrapped, SCALE=3.0)(model, x), other(model, x))
     assert SCALE == 2.0
 
 
@@ -40,6 +43,28 @@ def test_a_shadow_shares_all_but_its_own():
     assert torch.equal(shadow.forward(x), SCALE * x + 1) and isinstance(shadow, Model)
     assert [p is q for p, q in zip(shadow.parameters(), model.parameters(), strict=True)] == [True, True]
     assert vars(model) == before and model(x).shape == (2,)
+
+
+def run(model, x):
+    return 10 * type(model).forward(model, x)
+
+
+def test_attached_forward_goes_with_copies():
+    """A deep copy and a pickle run on their own parameters, and stay attached; an unattached model has nothing."""
+    model, x = Model(), torch.ones(3)
+    before, expected = dict(vars(model)), 10 * Model.forward(model, x)
+    seams.attach(model, run)
+    seams.attach(model, run)
+    assert torch.equal(model(x), expected)
+    assert inspect.signature(model.forward) == inspect.signature(Model().forward)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.nn.init.zeros_(other.head.weight)
+        assert torch.equal(other(x), 10 * Model.forward(other, x)) and torch.equal(model(x), expected)
+        seams.detach(other)
+        assert torch.equal(other(x), Model.forward(other, x)) and torch.equal(model(x), expected)
+    seams.detach(model)
+    seams.detach(model)
+    assert vars(model) == before
 
 
 def test_required_names():
@@ -55,5 +80,6 @@ def test_memo_looks_at_contents():
     assert [memo(x), memo(x), memo(y), memo(y)] == [1, 1, 2, 2]
     y.add_(1)
     assert memo(y) == 3
+    assert pickle.loads(pickle.dumps(seams.Memo(torch.zeros))).make is torch.zeros
     by_dtype = seams.Memo(lambda x, dtype: x.to(dtype))
     assert [by_dtype(x, dtype).dtype for dtype in (torch.float16, torch.float64)] == [torch.float16, torch.float64]
