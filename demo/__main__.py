@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decodings = _decode(target, runs, scorer, text, settings, given.rounds)
     costs = _costs(target, runs, scorer, text, settings)
 
-    n = runs[0].evaluations[-1][1].num_tokens
+    n = runs[0].final.num_tokens
     print(report.held_out_table(runs, f"Held-out text, {n:,} tokens a position (± standard error over windows)"))
     rounds = decodings[0].rounds
     print(
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs, decodings, f"Speculative sampling, {rounds:,} rounds: predicted by alpha, and accepted (± s.e.)"
         )
     )
-    print(report.cost_table(costs, _cost_title(runs, settings, size, device)))
+    print(report.cost_table(costs, _cost_title(settings, size, device)))
     report.picture(given.out / "training.png", runs, target_losses, decodings)
     print(f"\ncurves  {given.out / 'training.png'}\ntime    {time.perf_counter() - start:.0f} s in all")
 
@@ -97,7 +97,7 @@ def _describe(target: Target, runs: list[Run], scorer: Scorer, text: Corpus) -> 
 def _decode(
     target: Target, runs: list[Run], scorer: Scorer, text: Corpus, settings: Settings, rounds: int
 ) -> list[Decoding]:
-    prompts = text.held_out_windows(settings.held_out // 2, settings.length)[:, : settings.length // 4]
+    prompts = text.held_out_windows(settings.held_out // 4, settings.length)[:, : settings.length // 4]
     prompts = prompts.to(scorer.device)
     with tqdm(total=rounds * len(runs), desc="decode", unit="pass", dynamic_ncols=True, mininterval=0.5) as progress:
         return [
@@ -142,11 +142,12 @@ def _losses(run: Run, scorer: Scorer, tokens: Tensor, settings: Settings) -> dic
     return {"eager": eager, "fused_lk": fused}
 
 
-def _cost_title(runs: list[Run], settings: Settings, size: Size, device: torch.device) -> str:
-    counted = "memory_allocated" if device.type == "cuda" else "bytes of live tensors"
+def _cost_title(settings: Settings, size: Size, device: torch.device) -> str:
+    counted = "allocated memory" if device.type == "cuda" else "live tensors"
+    rows = f"{size.draft_steps} x {settings.batch * settings.length:,} rows"
     return (
-        f"The loss of one batch with its gradients and its target ({size.draft_steps} steps x "
-        f"{settings.batch * settings.length:,} rows; {counted}; fused_lk with {settings.workspace_mb:g} MiB of workspace)"
+        f"The loss of one batch, its gradients and its target, {rows} "
+        f"(peak of {counted}; workspace {settings.workspace_mb:g} MiB)"
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import fused_lk
@@ -33,7 +36,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 def held_out_table(runs: list[Run], title: str) -> str:
     """Acceptance, accuracy and KL per position; differences from the first run, with their standard errors."""
-    last = [run.evaluations[-1][1] for run in runs]
+    last = [run.final for run in runs]
     first, others = last[0], last[1:]
     header = ["", *(NAMES[run.objective] for run in runs)]
     header += [f"{NAMES[run.objective]} - {NAMES[runs[0].objective]}" for run in runs[1:]]
@@ -45,7 +48,7 @@ def held_out_table(runs: list[Run], title: str) -> str:
             [f"acceptance rate, position {k}", *(f"{e.acceptance[k]:.4f}" for e in last), *map(_signed, differences)]
         )
     differences = [_difference(first, other, _length) for other in others]
-    rows.append(["expected acceptance length", *(f"{e.length:.4f}" for e in last), *map(_signed, differences), []][:-1])
+    rows += [[], ["expected acceptance length", *(f"{e.length:.4f}" for e in last), *map(_signed, differences)]]
     for name in ("accuracy", "kl"):
         rows.append([])
         label = {"accuracy": "accuracy (same argmax)", "kl": "KL(p~, q) in nats"}[name]
@@ -60,7 +63,7 @@ def _length(rates: Tensor) -> Tensor:
     return fused_lk.expected_acceptance_length(rates.movedim(-1, 0))
 
 
-def _difference(first: Evaluation, other: Evaluation, of: object) -> tuple[float, float]:
+def _difference(first: Evaluation, other: Evaluation, of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """`of(mean rates)` of `other` less that of `first`, and its jackknife error over the windows they share."""
     pair = [e.windows.double() for e in (first, other)]
     n = len(pair[0])
@@ -95,7 +98,7 @@ def decoding_table(runs: list[Run], decodings: list[Decoding], title: str) -> st
     rows += [[], row]
     row = ["  as held-out text predicted it"]
     for run in runs:
-        row += [f"{run.evaluations[-1][1].length:.4f}", ""]
+        row += [f"{run.final.length:.4f}", ""]
     return table(title, header, [*rows, row])
 
 
@@ -108,63 +111,76 @@ def cost_table(costs: dict[str, Cost], title: str) -> str:
 
 
 def picture(path: Path, runs: list[Run], target_losses: list[float], decodings: list[Decoding]) -> None:
-    """The training curves: the target's, the drafts' on held-out text, and how far the drafts lie apart."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """The training curves: the target's, the drafts' on held-out text, how far they lie apart, and where they end."""
     style = {
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
         "axes.titlesize": 11, "axes.titlelocation": "left", "font.size": 9.5, "legend.frameon": False,
     }  # fmt: skip
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-        _plot_target(axes[0], target_losses)
-        _plot_lengths(axes[1], runs)
-        _plot_positions(axes[2], runs, decodings)
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(12, 8), layout="constrained")
+        axes = figure.subplots(2, 2)
+        _plot_target(axes[0, 0], target_losses)
+        _plot_lengths(axes[0, 1], runs)
+        _plot_differences(axes[1, 0], runs)
+        _plot_positions(axes[1, 1], runs, decodings)
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
-        plt.close(figure)
 
 
-def _plot_target(axis: object, losses: list[float]) -> None:
-    axis.plot(losses, color="#999999", linewidth=0.6, alpha=0.7, label="batch")
+def _plot_target(axis: Axes, losses: list[float]) -> None:
+    axis.plot(losses, color="#999999", linewidth=0.6, alpha=0.7, label="each batch")
     axis.plot(_smooth(losses), color="#333333", linewidth=1.6, label="smoothed")
     axis.set(title="Target: training text", xlabel="step", ylabel="cross-entropy (nats per token)")
-    axis.legend()
+    axis.legend(loc="upper right")
 
 
-def _plot_lengths(axis: object, runs: list[Run]) -> None:
+def _plot_lengths(axis: Axes, runs: list[Run]) -> None:
     for run in runs:
         colour, name = COLOURS[run.objective], NAMES[run.objective]
-        axis.plot(
-            _smooth([m["expected_acceptance_length"] for m in run.batches]),
-            color=colour, linewidth=0.8, alpha=0.5, label=f"{name}, training batches (smoothed)",
-        )  # fmt: skip
-        steps, lengths = zip(*((step, e.length) for step, e in run.evaluations), strict=True)
-        axis.plot(steps, lengths, color=colour, linewidth=1.6, marker="o", markersize=4, label=f"{name}, held-out")
+        lengths = _smooth([m["expected_acceptance_length"] for m in run.batches])
+        axis.plot(lengths, color=colour, linewidth=0.8, alpha=0.6, label=f"{name}, training batches, smoothed")
+        steps, lengths = zip(*((step, e.length) for step, e in run.curve), strict=True)
+        axis.plot(steps, lengths, color=colour, linewidth=1.6, marker="o", markersize=4, label=f"{name}, held-out text")
     axis.set(title="Drafts: expected acceptance length", xlabel="step", ylabel="tokens per pass of the target")
     axis.legend(loc="lower right")
 
 
-def _plot_positions(axis: object, runs: list[Run], decodings: list[Decoding]) -> None:
+def _plot_differences(axis: Axes, runs: list[Run]) -> None:
+    first, *others = runs
+    axis.axhline(0, color=COLOURS[first.objective], linewidth=1.6, label=NAMES[first.objective])
+    for run in others:
+        steps = [step for step, _ in run.curve]
+        pairs = zip(first.curve, run.curve, strict=True)
+        gain, error = torch.tensor([_difference(a, b, _length) for (_, a), (_, b) in pairs]).T
+        colour, label = COLOURS[run.objective], f"{NAMES[run.objective]} (± standard error)"
+        axis.plot(steps, gain, color=colour, linewidth=1.6, marker="o", markersize=4, label=label)
+        axis.fill_between(steps, gain - error, gain + error, color=colour, alpha=0.2, linewidth=0)
+    title = f"Drafts: gain in expected acceptance length over {NAMES[first.objective]}, held-out text"
+    axis.set(title=title, xlabel="step", ylabel="tokens per pass of the target")
+    axis.legend()
+
+
+def _plot_positions(axis: Axes, runs: list[Run], decodings: list[Decoding]) -> None:
     width = 0.8 / len(runs)
-    for i, (run, decoding) in enumerate(zip(runs, decodings, strict=True)):
-        rates = run.evaluations[-1][1].acceptance.tolist()
-        at = torch.arange(len(rates)) + (i - (len(runs) - 1) / 2) * width
-        axis.bar(at, rates, width * 0.92, color=COLOURS[run.objective], label=f"{NAMES[run.objective]}, held-out text")
+    steps = len(decodings[0].reached)
+    for i, run in enumerate(runs):
+        at = torch.arange(steps) + (i - (len(runs) - 1) / 2) * width
+        label = f"{NAMES[run.objective]}, held-out text"
+        axis.bar(at, run.final.acceptance.tolist(), width * 0.92, color=COLOURS[run.objective], alpha=0.85, label=label)
+    for i, decoding in enumerate(decodings):
+        at = torch.arange(steps) + (i - (len(runs) - 1) / 2) * width
         n = decoding.reached.clamp(min=1)
-        label = "accepted in speculative sampling (± s.e.)" if i == 0 else None
         axis.errorbar(
             at, (decoding.accepted / n).tolist(), (decoding.variance.sqrt() / n).tolist(),
-            fmt="D", color="black", markersize=3.5, capsize=3, linewidth=1, label=label,
+            fmt="D", color="black", markersize=3.5, capsize=3, linewidth=1,
+            label="accepted in speculative sampling (± standard error)" if i == 0 else None,
         )  # fmt: skip
-    axis.set(title="Acceptance rate by draft position", xlabel="draft position", ylabel="acceptance rate")
-    axis.set_xticks(range(len(rates)))
+    axis.set(title="Drafts: acceptance rate by position", xlabel="draft position", ylabel="acceptance rate")
+    axis.set_xticks(range(steps))
     axis.set_ylim(0, 1)
     axis.grid(False, axis="x")
-    axis.legend(loc="upper right", fontsize=8.5)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(runs) + 1, columnspacing=1, fontsize=8.5)
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:

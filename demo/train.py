@@ -26,7 +26,7 @@ class Settings:
     draft_steps: int = 300
     batch: int = 16
     length: int = 128
-    held_out: int = 128  # windows of `length` tokens
+    held_out: int = 256  # windows of `length` tokens
     evaluations: int = 12  # of the drafts on held-out text, along the way
     learning_rate: float = 4e-3
     draft_learning_rate: float = 4e-3
@@ -44,7 +44,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     batches: list[dict[str, float]] = field(default_factory=list)  # metrics of each training batch
-    evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)  # (step, on held-out text)
+    curve: list[tuple[int, Evaluation]] = field(default_factory=list)  # (step, on some of the held-out text)
+    final: Evaluation = field(init=False)  # on all of it
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,10 @@ def train_drafts(
     losses = [fused_lk.LKLoss(objective, position_decay=settings.position_decay) for objective in objectives]
     batches = corpus.batches(settings.batch, settings.length, settings.seed + 1)
     held_out = corpus.held_out_windows(settings.held_out, settings.length).to(device)
-    # Few early on: the curves are steep there, and short.
-    some = held_out[:: max(1, len(held_out) // 32)]
+    some = held_out[::4]
     for step in (progress := bar(settings.draft_steps, "drafts")):
         if step in _evaluation_steps(settings):
-            evaluate_all(runs, scorer, some, step, settings)
+            _extend_curves(runs, scorer, some, step, settings)
         tokens = next(batches).to(device)
         features, scored_against = scorer.read(tokens)
         for run, loss in zip(runs, losses, strict=True):
@@ -171,7 +171,10 @@ def train_drafts(
             run.batches.append(out.metrics())
         lengths = (f"{run.objective} {run.batches[-1]['expected_acceptance_length']:.3f}" for run in runs)
         progress.set_postfix_str("expected length " + ", ".join(lengths), refresh=False)
-    evaluate_all(runs, scorer, held_out, settings.draft_steps, settings)
+    _extend_curves(runs, scorer, some, settings.draft_steps, settings)
+    finals = evaluate([run.draft for run in runs], scorer, held_out, settings.batch)
+    for run, evaluation in zip(runs, finals, strict=True):
+        run.final = evaluation
     return runs, scorer
 
 
@@ -184,9 +187,10 @@ def _evaluation_steps(settings: Settings) -> set[int]:
     return {settings.draft_steps * i // settings.evaluations for i in range(settings.evaluations)}
 
 
-def evaluate_all(runs: list[Run], scorer: Scorer, windows: Tensor, step: int, settings: Settings) -> None:
-    for run, evaluation in zip(runs, evaluate([r.draft for r in runs], scorer, windows, settings.batch), strict=True):
-        run.evaluations.append((step, evaluation))
+def _extend_curves(runs: list[Run], scorer: Scorer, windows: Tensor, step: int, settings: Settings) -> None:
+    evaluations = evaluate([run.draft for run in runs], scorer, windows, settings.batch)
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        run.curve.append((step, evaluation))
 
 
 @torch.no_grad()
