@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import fused_lk
 
-from . import corpus, memory, report
+from . import corpus, cost, report
 from .corpus import Corpus
 from .decode import Decoding, decode
 from .models import Size, Target, num_parameters
@@ -32,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Settings(),
         target_steps=given.target_steps,
         draft_steps=given.draft_steps,
-        batch=given.batch,
         held_out=given.held_out,
         seed=given.seed,
     )  # fmt: skip
@@ -50,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs, scorer = train_drafts(text, target, given.objectives, size, settings)
     _describe(target, runs, scorer, text)
     decodings = _decode(target, runs, scorer, text, settings, given.rounds)
-    costs = _costs(target, runs, scorer, text, settings)
+    windows = text.held_out_windows(16, settings.length).to(device)
+    costs = cost.of_losses(runs, scorer, windows, settings)
 
     n = runs[0].final.num_tokens
     print(report.held_out_table(runs, f"Held-out text, {n:,} tokens a position (± standard error over windows)"))
@@ -60,9 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs, decodings, f"Speculative sampling, {rounds:,} rounds: predicted by alpha, and accepted (± s.e.)"
         )
     )
-    print(report.cost_table(costs, _cost_title(settings, size, device)))
+    what = "allocated memory" if device.type == "cuda" else "live tensors"
+    print(
+        report.cost_table(
+            costs,
+            f"The loss of {scorer.steps} x {windows.numel():,} rows with its gradients and its target "
+            f"(peak of {what}; workspace {settings.workspace_mb:g} MiB)",
+        )
+    )
     report.picture(given.out / "training.png", runs, target_losses, decodings)
-    print(f"\ncurves  {given.out / 'training.png'}\ntime    {time.perf_counter() - start:.0f} s in all")
+    print(f"\ncurves  {given.out / 'training.png'}")
+    print(f"time    {time.perf_counter() - start:.0f} s in all, {time.process_time():.0f} s of processor time")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--objectives", nargs="+", choices=["kl", "lambda", "alpha", "tv"], default=["kl", "lambda"])
     parser.add_argument("--target-steps", type=int, default=defaults.target_steps)
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps)
-    parser.add_argument("--batch", type=int, default=defaults.batch, help="windows per step")
     parser.add_argument("--held-out", type=int, default=defaults.held_out, help="windows of held-out text to score")
     parser.add_argument("--rounds", type=int, default=16, help="of speculative sampling, per prompt")
     parser.add_argument("--vocab", type=int, default=2048, help="of the target")
@@ -104,51 +110,6 @@ def _decode(
             decode(target, run.draft, scorer.head, prompts, scorer.steps, rounds, settings.seed, progress)
             for run in runs
         ]
-
-
-def _costs(target: Target, runs: list[Run], scorer: Scorer, text: Corpus, settings: Settings) -> dict[str, memory.Cost]:
-    """Eager and fused, for each objective, on the hidden states of one batch of held-out text."""
-    tokens = text.held_out_windows(settings.batch, settings.length).to(scorer.device)
-    costs = {}
-    for run in runs:
-        for name, loss in _losses(run, scorer, tokens, settings).items():
-            label = f"{report.NAMES[run.objective]}, {name}"
-            costs[label] = memory.cost(loss, scorer.device, repeats=5)
-    return costs
-
-
-def _losses(run: Run, scorer: Scorer, tokens: Tensor, settings: Settings) -> dict[str, Callable[[], Tensor]]:
-    """Functions that make one loss and its gradients, from the same hidden states."""
-    with torch.no_grad():
-        target_hidden, features = scorer.target(tokens)
-        hidden = run.draft(features, tokens, scorer.steps)
-    hidden = [x.requires_grad_() for x in hidden]
-    weight, decay = run.draft.head.weight, settings.position_decay
-    pairs = scorer.pairs(tokens.shape)
-
-    def gradients_of(loss: Tensor) -> Tensor:
-        torch.autograd.grad(loss, [*hidden, weight])
-        return loss
-
-    def eager() -> Tensor:
-        t2d = scorer.head.vocab.t2d
-        return gradients_of(memory.eager_loss(hidden, weight, target_hidden, scorer.head, t2d, run.objective, decay))
-
-    def fused() -> Tensor:
-        scored_against = fused_lk.Target.from_hidden(target_hidden, scorer.head, **scorer.options)
-        loss = fused_lk.LKLoss(run.objective, position_decay=decay, **scorer.options)
-        return gradients_of(loss(hidden, weight, scored_against, pairs=pairs).loss)
-
-    return {"eager": eager, "fused_lk": fused}
-
-
-def _cost_title(settings: Settings, size: Size, device: torch.device) -> str:
-    counted = "allocated memory" if device.type == "cuda" else "live tensors"
-    rows = f"{size.draft_steps} x {settings.batch * settings.length:,} rows"
-    return (
-        f"The loss of one batch, its gradients and its target, {rows} "
-        f"(peak of {counted}; workspace {settings.workspace_mb:g} MiB)"
-    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from torch import Tensor
 
 import fused_lk
 
+from .cost import MIB, Cost
 from .decode import Decoding
-from .memory import MIB, Cost
-from .train import Evaluation, Run
+from .train import NAMES, Evaluation, Run
 
-NAMES = {"kl": "KL", "lambda": "LK-lambda", "alpha": "LK-alpha", "tv": "TV"}
 COLOURS = {"kl": "#4c72b0", "lambda": "#dd5f32", "alpha": "#3c8d5a", "tv": "#8b6bb1"}
 
 

@@ -17,14 +17,17 @@ import fused_lk
 from .corpus import Corpus
 from .models import Draft, Size, Target
 
+NAMES = {"kl": "KL", "lambda": "LK-lambda", "alpha": "LK-alpha", "tv": "TV"}  # objectives, as the paper has them
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and on what; tokens per step = batch * length."""
+    """How long and on what; a step takes batch * length tokens."""
 
-    target_steps: int = 500
-    draft_steps: int = 300
-    batch: int = 16
+    target_steps: int = 1500
+    target_batch: int = 8
+    draft_steps: int = 1000
+    draft_batch: int = 4  # small batches and many steps went further in the same time
     length: int = 128
     held_out: int = 256  # windows of `length` tokens
     evaluations: int = 12  # of the drafts on held-out text, along the way
@@ -88,7 +91,7 @@ def train_target(corpus: Corpus, size: Size, settings: Settings, device: torch.d
     torch.manual_seed(settings.seed)
     target = Target(corpus.tokenizer.get_vocab_size(), size).to(device)
     optimizer, schedule = optimizer_of(list(target.parameters()), settings.learning_rate, settings.target_steps)
-    batches = corpus.batches(settings.batch, settings.length + 1, settings.seed)
+    batches = corpus.batches(settings.target_batch, settings.length + 1, settings.seed)
     losses = []
     for _ in (progress := bar(settings.target_steps, "target")):
         tokens = next(batches).to(device)
@@ -157,12 +160,12 @@ def train_drafts(
     first = Draft(target, size, vocab.draft_size).to(device)
     runs = [_new_run(objective, first, settings) for objective in objectives]
     losses = [fused_lk.LKLoss(objective, position_decay=settings.position_decay) for objective in objectives]
-    batches = corpus.batches(settings.batch, settings.length, settings.seed + 1)
+    batches = corpus.batches(settings.draft_batch, settings.length, settings.seed + 1)
     held_out = corpus.held_out_windows(settings.held_out, settings.length).to(device)
     some = held_out[::4]
     for step in (progress := bar(settings.draft_steps, "drafts")):
         if step in _evaluation_steps(settings):
-            _extend_curves(runs, scorer, some, step, settings)
+            _extend_curves(runs, scorer, some, step)
         tokens = next(batches).to(device)
         features, scored_against = scorer.read(tokens)
         for run, loss in zip(runs, losses, strict=True):
@@ -171,8 +174,8 @@ def train_drafts(
             run.batches.append(out.metrics())
         lengths = (f"{run.objective} {run.batches[-1]['expected_acceptance_length']:.3f}" for run in runs)
         progress.set_postfix_str("expected length " + ", ".join(lengths), refresh=False)
-    _extend_curves(runs, scorer, some, settings.draft_steps, settings)
-    finals = evaluate([run.draft for run in runs], scorer, held_out, settings.batch)
+    _extend_curves(runs, scorer, some, settings.draft_steps)
+    finals = evaluate([run.draft for run in runs], scorer, held_out)
     for run, evaluation in zip(runs, finals, strict=True):
         run.final = evaluation
     return runs, scorer
@@ -187,14 +190,14 @@ def _evaluation_steps(settings: Settings) -> set[int]:
     return {settings.draft_steps * i // settings.evaluations for i in range(settings.evaluations)}
 
 
-def _extend_curves(runs: list[Run], scorer: Scorer, windows: Tensor, step: int, settings: Settings) -> None:
-    evaluations = evaluate([run.draft for run in runs], scorer, windows, settings.batch)
+def _extend_curves(runs: list[Run], scorer: Scorer, windows: Tensor, step: int) -> None:
+    evaluations = evaluate([run.draft for run in runs], scorer, windows)
     for run, evaluation in zip(runs, evaluations, strict=True):
         run.curve.append((step, evaluation))
 
 
 @torch.no_grad()
-def evaluate(drafts: list[Draft], scorer: Scorer, windows: Tensor, batch: int) -> Iterator[Evaluation]:
+def evaluate(drafts: list[Draft], scorer: Scorer, windows: Tensor, batch: int = 8) -> Iterator[Evaluation]:
     """Every draft on the same `windows` `[N, length]`; sums are added up, because a mean of means is biased."""
     outputs: list[list[fused_lk.LKOutput]] = [[] for _ in drafts]
     loss = fused_lk.LKLoss("kl")  # which one does not matter: alpha, accuracy and KL come with each

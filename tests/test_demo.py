@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fused_lk
-from demo import memory
+from demo import cost
 from demo.__main__ import main
 from demo.decode import decode
 from demo.models import Draft, Size, Target
@@ -21,7 +21,7 @@ VOCAB, BATCH, LENGTH = 60, 4, 16
 
 
 def test_it_runs_end_to_end(tmp_path, capsys):
-    arguments = "--target-steps 4 --draft-steps 4 --batch 2 --held-out 8 --rounds 3 --vocab 400 --draft-vocab 300"
+    arguments = "--target-steps 4 --draft-steps 4 --held-out 8 --rounds 3 --vocab 400 --draft-vocab 300"
     main([*arguments.split(), "--max-bytes", "200000", "--device", "cpu", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     for expected in (
@@ -60,7 +60,7 @@ def test_the_eager_loss_it_compares_with_is_the_same_loss(models, objective):
     ours = scorer(draft, fused_lk.LKLoss(objective, position_decay=0.8), tokens, features, scored_against).loss
     with torch.no_grad():
         hidden = target(tokens)[0]
-    eager = memory.eager_loss(
+    eager = cost.eager_loss(
         draft(features, tokens, SIZE.draft_steps), draft.head.weight, hidden, scorer.head, vocab.t2d, objective, 0.8
     )
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
@@ -129,7 +129,7 @@ def test_runs_start_alike_and_share_only_the_embedding(models):
 
 
 def test_live_bytes_counts_what_lives_together():
-    with memory.LiveBytes() as seen:
+    with cost.LiveBytes() as seen:
         a = torch.empty(1000)
         del a
         b = torch.empty(1500)

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import fused_lk
 
+from .train import NAMES, Run, Scorer, Settings
+
 MIB = 2**20
 
 
@@ -70,8 +72,44 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def cost(run: Callable[[], Tensor], device: torch.device, repeats: int) -> Cost:
-    loss = float(run().detach())  # and warm
+def of_losses(runs: list[Run], scorer: Scorer, tokens: Tensor, settings: Settings) -> dict[str, Cost]:
+    """Eager and fused, for each run's draft and objective, from the hidden states of `tokens` `[B, S]`."""
+    losses = {}
+    for run in runs:
+        for name, loss in _losses(run, scorer, tokens, settings).items():
+            losses[f"{NAMES[run.objective]}, {name}"] = loss
+    return {name: _cost(loss, scorer.device) for name, loss in losses.items()}
+
+
+def _losses(run: Run, scorer: Scorer, tokens: Tensor, settings: Settings) -> dict[str, Callable[[], Tensor]]:
+    """Functions that make one loss and its gradients from hidden states and weights; all else is their cost."""
+    with torch.no_grad():
+        target_hidden, features = scorer.target(tokens)
+        hidden = [x.requires_grad_() for x in run.draft(features, tokens, scorer.steps)]
+    weight, decay = run.draft.head.weight, settings.position_decay
+    pairs, t2d = scorer.pairs(tokens.shape), scorer.head.vocab.t2d
+
+    def eager() -> Tensor:
+        return eager_loss(hidden, weight, target_hidden, scorer.head, t2d, run.objective, decay)
+
+    def fused() -> Tensor:
+        target = fused_lk.Target.from_hidden(target_hidden, scorer.head, **scorer.options)
+        options = {"objective": run.objective, "position_decay": decay, **scorer.options}
+        return fused_lk.lk_loss(hidden, weight, target, pairs=pairs, **options).loss
+
+    def with_gradients(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            loss = make()
+            torch.autograd.grad(loss, [*hidden, weight])
+            return loss.detach()
+
+        return run
+
+    return {"eager": with_gradients(eager), "fused_lk": with_gradients(fused)}
+
+
+def _cost(run: Callable[[], Tensor], device: torch.device, repeats: int = 5) -> Cost:
+    loss = float(run())  # and warm
     peak = peak_bytes(run, device)
     seconds = []
     for _ in range(repeats):
