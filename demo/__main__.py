@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         target_steps=given.target_steps,
         draft_steps=given.draft_steps,
         held_out=given.held_out,
+        length=given.length,
         seed=given.seed,
     )  # fmt: skip
     device = torch.device(given.device)
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--objectives", nargs="+", choices=["kl", "lambda", "alpha", "tv"], default=["kl", "lambda"])
     parser.add_argument("--target-steps", type=int, default=defaults.target_steps)
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps)
+    parser.add_argument("--length", type=int, default=defaults.length, help="of a window, in tokens")
     parser.add_argument("--held-out", type=int, default=defaults.held_out, help="windows of held-out text to score")
     parser.add_argument("--rounds", type=int, default=16, help="of speculative sampling, per prompt")
     parser.add_argument("--vocab", type=int, default=2048, help="of the target")

@@ -21,7 +21,7 @@ VOCAB, BATCH, LENGTH = 60, 4, 16
 
 
 def test_it_runs_end_to_end(tmp_path, capsys):
-    arguments = "--target-steps 4 --draft-steps 4 --held-out 8 --rounds 3 --vocab 400 --draft-vocab 300"
+    arguments = "--target-steps 4 --draft-steps 4 --held-out 8 --length 32 --rounds 3 --vocab 400 --draft-vocab 300"
     main([*arguments.split(), "--max-bytes", "200000", "--device", "cpu", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     for expected in (
