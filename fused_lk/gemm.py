@@ -37,10 +37,9 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif _has_out_dtype(a):
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
-        inner = max(1, _BLOCK_ELEMENTS // max(b.shape[1], 1))
+        inner, step = _upcast_blocks(*b.shape)
         for first in range(0, b.shape[0], inner):
             wide = b[first : first + inner].to(total.dtype)
-            step = max(1, _BLOCK_ELEMENTS // max(wide.shape[0], wide.shape[1], 1))
             for start in range(0, a.shape[0], step):
                 rows = total[start : start + step]
                 torch.addmm(rows, a[start : start + step, first : first + inner].to(total.dtype), wide, out=rows)
@@ -55,6 +54,25 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         accumulate(out, a, b)
 
 
+def accumulate_scratch(m: int, k: int, n: int, dtype: torch.dtype, total: torch.dtype, device: torch.device) -> int:
+    """Bytes that `accumulate` of `[m, k] @ [k, n]` holds beside its arguments."""
+    if dtype == total or has_wide_products(device, dtype):
+        return 0
+    inner, step = _upcast_blocks(k, n)
+    inner = min(k, inner)
+    return (inner * n + min(m, step) * inner) * total.itemsize
+
+
+def _upcast_blocks(k: int, n: int) -> tuple[int, int]:
+    """Rows of b `[k, n]`, and rows of a, that are upcast at a time."""
+    inner = max(1, _BLOCK_ELEMENTS // max(n, 1))
+    return inner, max(1, _BLOCK_ELEMENTS // max(min(k, inner), n, 1))
+
+
 def _has_out_dtype(x: Tensor) -> bool:
+    return has_wide_products(x.device, x.dtype)
+
+
+def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether half-precision products can give their float32 result (CUDA, torch >= 2.8)."""
-    return x.is_cuda and x.dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out")
+    return device.type == "cuda" and dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out")

@@ -141,9 +141,13 @@ class Layout:
         return self.flat_rows is None and self.valid is None
 
     def whole(self) -> Chunk:
-        """All pairs as one chunk."""
-        segments = tuple(segment for chunk in self.chunks for segment in chunk.segments)
-        return Chunk(0, self.num_pairs, segments, slice(0, self.num_targets))
+        """All pairs as one chunk; runs that a cut between chunks divided are one segment again."""
+        segments: list[Segment] = []
+        for segment in (segment for chunk in self.chunks for segment in chunk.segments):
+            if segments and segments[-1].source == segment.source and segments[-1].stop == segment.start:
+                segment = segments.pop()._replace(stop=segment.stop)
+            segments.append(segment)
+        return Chunk(0, self.num_pairs, tuple(segments), slice(0, self.num_targets))
 
     def per_pair(self, x: Tensor) -> Tensor:
         """`x` `[N]`, per draft row, as `[P]`, per pair."""

@@ -179,7 +179,7 @@ class Pairs:
         *,
         skip_masked: bool,
     ) -> Pairs:
-        """Draft rows that stand at row `own` of `sequence`, each against row `rows` of it, which predicts the next token."""
+        """Draft rows at row `own` of `sequence`, each against row `rows` of it, which predicts the token after."""
         length = loss_mask.shape[1]
         ends = rows + 1 >= length
         predicted = (rows + 1).clamp(max=length - 1)

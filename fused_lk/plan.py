@@ -40,10 +40,11 @@ class TileCosts:
 
 @dataclass(frozen=True)
 class Chunking:
-    """Sizes of a walk: at most so many pairs and distinct target rows a chunk."""
+    """Sizes of a walk: at most so many pairs and distinct target rows a chunk; `reason` says what set the pairs."""
 
     max_pairs: int
     max_targets: int
+    reason: str
 
 
 def workspace_bytes(workspace_mb: float | str) -> int | None:
@@ -78,16 +79,20 @@ def by_rows(
     draft_row, target_row = costs.row_bytes(vocab_size)
     targets_per_pair = num_targets / max(num_pairs, 1)
     per_pair = max(draft_row + target_row * targets_per_pair, 1)
+    reason = "what the workspace holds"
     if budget is None:
         budget = default_budget(device)
-        if is_cpu(device):
-            budget = max(budget, int(MIN_CPU_ROWS * per_pair))
-        elif accumulates_weight:
-            budget = max(budget, int(ROWS_TO_HIDE_WEIGHT_TRAFFIC * per_pair))
-    pairs = max(1, min(int(budget / per_pair), num_pairs))
+        rows, why = MIN_CPU_ROWS, "the least that GEMMs of a CPU want"
+        if not is_cpu(device):
+            rows, why = ROWS_TO_HIDE_WEIGHT_TRAFFIC, "what hides the float32 traffic of dW on a GPU"
+        if (is_cpu(device) or accumulates_weight) and rows * per_pair > budget:
+            budget, reason = int(rows * per_pair), why
+    pairs = max(1, int(budget / per_pair))
+    if pairs >= num_pairs:
+        pairs, reason = max(num_pairs, 1), "all there are"
     # Target rows are shared unevenly: give them what the pairs leave.
     targets = num_targets if target_row == 0 else max(1, (budget - pairs * draft_row) // target_row)
-    return Chunking(pairs, max(1, targets))
+    return Chunking(pairs, max(1, targets), reason)
 
 
 def target_rows(vocab_size: int, num_rows: int, itemsize: int, device: torch.device, budget: int | None) -> int:
@@ -114,6 +119,17 @@ def walks_by_vocabulary(vocab_size: int, num_pairs: int, needs_weight: bool) -> 
     once. A frozen head has no dW, and rows need no accumulator.
     """
     return needs_weight and vocab_size > num_pairs
+
+
+def walk_reason(vocab_size: int, num_pairs: int, needs_weight: bool, in_one_pass: bool) -> str:
+    """The walk of the gradients, and why."""
+    if in_one_pass:
+        return "by rows: one pass has a chunk's full rows in hand, and no statistics of later ones"
+    if not needs_weight:
+        return "by rows: the head is frozen, so there is no dW to accumulate"
+    if walks_by_vocabulary(vocab_size, num_pairs, needs_weight):
+        return f"by vocabulary: dH of {num_pairs} pairs is smaller to accumulate than dW of {vocab_size} tokens"
+    return f"by rows: dW of {vocab_size} tokens is no larger to accumulate than dH of {num_pairs} pairs"
 
 
 def resolve(requested: str, obstacle: str | None) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.accounting import GIB
+import fused_lk
+from bench.accounting import GIB, account, full_size
 from bench.memory import SHAPES, accounted, eager, ours
 
 SHAPE = dict(zip(("V32k", "V32k_ttt7", "V152k", "V152k_frozen", "V32k_of_128k"), SHAPES, strict=True))
@@ -54,6 +55,53 @@ def test_a_planted_full_tensor_breaks_the_figure():
         return loss
 
     assert accounted(shape, planted).peak / GIB > FIGURES["V152k_frozen"][2]
+
+
+WORK = {
+    "identity": lambda n: (1, None),
+    "ttt": lambda n: (7, fused_lk.Pairs.ttt(torch.ones(2, n // 2, dtype=torch.bool), 7)),
+    "masked": lambda n: (7, fused_lk.Pairs.ttt((torch.arange(n) % 3 == 0).view(2, -1), 7)),
+}
+
+
+def held(plan, steps, pairs, frozen=(), dtype=torch.bfloat16, n=4096, h=64, v=2048):
+    """Bytes alive between forward and backward where only the loss is kept, less what holds the graph together (the
+    loss, the scale of the gradients); and bytes of the sources and of the head."""
+    with full_size("cuda"):
+        sources = [torch.empty(n, h, dtype=dtype).requires_grad_("hidden" not in frozen) for _ in range(steps)]
+        weight = torch.empty(v, h, dtype=dtype).requires_grad_("head" not in frozen)
+        target = fused_lk.Target.from_hidden(torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype))
+        shaped = sources[0] if steps == 1 else [x.view(2, n // 2, h) for x in sources]
+        seen = account(
+            lambda: (
+                fused_lk.lk_loss(shaped, weight, target, objective="alpha", plan=plan, pairs=pairs, impl="triton").loss
+            )
+        )
+    return seen.after_forward, sum(x.nbytes for x in sources), weight.nbytes
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_recompute_holds_at_most_64_bytes_a_pair(work):
+    steps, pairs = WORK[work](4096)
+    num_pairs = 4096 if pairs is None else pairs.num_pairs
+    assert 0 < held("recompute", steps, pairs)[0] <= 64 * num_pairs
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_one_pass_holds_the_gradients_and_nothing_else(work):
+    steps, pairs = WORK[work](4096)
+    loss_and_scale = 8
+    of_layout = 0 if pairs is None else held("recompute", steps, pairs)[0]  # the work list's own order, once
+    for frozen in ((), ("head",), ("hidden",)):
+        got, hidden, head = held("one_pass", steps, pairs, frozen)
+        exact = hidden * ("hidden" not in frozen) + head * ("head" not in frozen) + loss_and_scale
+        assert exact <= got <= exact + of_layout
+        if pairs is None:
+            assert got == exact
+    got, hidden, head = held("one_pass", steps, pairs, dtype=torch.float16)
+    assert got - (hidden + 2 * head + loss_and_scale) in range(
+        of_layout + 1
+    )  # dW in float32 until its scale is applied
 
 
 def gemm_flops(shape):

@@ -1,0 +1,191 @@
+"""What a call would do, and cost, told from its shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import plan as plans
+from . import validation
+from .costs import TARGET_KINDS, Costs, Shape
+from .losses import _obstacle
+from .options import LossOptions
+from .pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The work of one `lk_loss` call and its backward; `print` it.
+
+    Attributes:
+        plan: "one_pass" or "recompute". walk: "by rows" or "by vocabulary", for the gradients.
+        num_pairs, num_targets: supervised pairs, and the distinct target rows that they use.
+        chunks, chunk_pairs, chunk_targets: of the walk by rows: how many, and the largest.
+        block_columns: columns of a block of the walk by vocabulary; None if there is none.
+        draft_gemms: products of the draft, in units of `[pairs, H] @ [H, V_draft]`.
+        target_gemms: products for the target's logits, and for its normaliser, in the same unit.
+        gemm_flops: of them all, 2 for a multiplication and addition.
+        floor_flops: the least anybody can do: each draft product once, target logits once per target row, the
+            normaliser given. floor_flops_from_hidden: the same with the normaliser made from hidden states, a pass that
+            computes the draft's columns too. Equal where the target gives its probabilities.
+        peak_bytes: the most of live tensors beyond the inputs, gradients included, to a few per cent.
+        held_bytes: what is held between forward and backward, beyond inputs and outputs.
+        at_peak: (name, bytes) of what makes the peak.
+        reasons: why each choice was made.
+    """
+
+    plan: str
+    walk: str
+    num_pairs: int
+    num_targets: int
+    chunks: int
+    chunk_pairs: int
+    chunk_targets: int
+    block_columns: int | None
+    draft_gemms: int
+    target_gemms: float
+    gemm_flops: int
+    floor_flops: int
+    floor_flops_from_hidden: int
+    peak_bytes: int
+    held_bytes: int
+    at_peak: tuple[tuple[str, int], ...]
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        size = f"{self.chunks} chunk(s) of up to {self.chunk_pairs} pairs and {self.chunk_targets} target rows"
+        if self.block_columns is not None:
+            size += f"; gradients in blocks of {self.block_columns} columns"
+        over = self.gemm_flops / max(self.floor_flops_from_hidden, 1)
+        lines = [
+            f"plan        {self.plan}, gradients {self.walk}",
+            f"work        {self.num_pairs} pairs against {self.num_targets} target rows",
+            f"chunks      {size}",
+            f"products    {self.draft_gemms} of the draft, {self.target_gemms:.3g} of the target (in draft products)",
+            f"flops       {self.gemm_flops:.4g}, {over:.2f} x the floor ({self.floor_flops_from_hidden:.4g}; "
+            f"{self.floor_flops:.4g} with the normaliser given)",
+            f"peak        {_mib(self.peak_bytes)} beyond the inputs: "
+            + ", ".join(f"{name} {_mib(size)}" for name, size in self.at_peak if size >= plans.MIB),
+            f"held        {_mib(self.held_bytes)} between forward and backward",
+            *(f"because     {reason}" for reason in self.reasons),
+        ]
+        return "\n".join(lines)
+
+
+def explain(
+    num_tokens: int,
+    hidden_size: int,
+    draft_vocab_size: int,
+    target_vocab_size: int | None = None,
+    *,
+    target: str = "hidden",
+    target_hidden_size: int | None = None,
+    normalizer_given: bool = False,
+    ttt_steps: int = 1,
+    masked_share: float = 0.0,
+    pairs: Pairs | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    logits_dtype: str | torch.dtype = "compute",
+    frozen_head: bool = False,
+    frozen_hidden: bool = False,
+    objective: str = "lambda",
+    lambda_per: str = "position",
+    kl_weight: float | None = None,
+    reduction: str = "mean",
+    plan: str = "auto",
+    impl: str = "auto",
+    workspace_mb: float | str = "auto",
+    device: str = "cuda",
+) -> Explanation:
+    """What `lk_loss` would do for given shapes: plan, chunks, matrix products, bytes, and the floor. Nothing is run.
+
+    Args:
+        num_tokens: draft rows of one TTT step.
+        hidden_size, target_hidden_size: of the draft, and of the target (default: the same).
+        draft_vocab_size, target_vocab_size: default: one shared vocabulary.
+        target: "hidden", "cached" (`cache=True`), "logits", "probs" or "topk".
+        normalizer_given: whether a target from hidden states is told its normaliser and argmax.
+        ttt_steps: K; row t of step k is scored against target row t + k.
+        masked_share: share of the tokens that are not supervised, in [0, 1]; they are taken to come first.
+        pairs: the actual work list, instead of `masked_share`; of `ttt_steps * num_tokens` rows.
+        dtype, logits_dtype, frozen_head, frozen_hidden: of the draft.
+        objective, lambda_per, kl_weight, reduction, plan, impl, workspace_mb: as in `lk_loss`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        TypeError, ValueError: unknown names, sizes out of range, a plan that cannot serve the request.
+    """
+    for name, size, least in (
+        ("num_tokens", num_tokens, 0),
+        ("hidden_size", hidden_size, 1),
+        ("draft_vocab_size", draft_vocab_size, 1),
+        ("ttt_steps", ttt_steps, 1),
+    ):
+        validation.number(name, size, minimum=least)
+    validation.choice("target", target, TARGET_KINDS)
+    validation.choice("device", device, ("cpu", "cuda"))
+    if validation.number("masked_share", masked_share, minimum=0) > 1:
+        validation.fail("masked_share in [0, 1]", masked_share, "Pass the share of tokens that do not count.")
+    obstacle = _obstacle(LossOptions(objective, lambda_per=lambda_per, kl_weight=kl_weight, reduction=reduction))
+    chosen = plans.resolve(plan, obstacle)
+    shape = Shape(
+        pairs=_pairs(num_tokens, ttt_steps, masked_share) if pairs is None else pairs,
+        num_rows=ttt_steps * num_tokens,
+        num_sources=ttt_steps,
+        num_targets=num_tokens,
+        hidden_size=hidden_size,
+        target_hidden_size=hidden_size if target_hidden_size is None else target_hidden_size,
+        draft_vocab_size=draft_vocab_size,
+        target_vocab_size=draft_vocab_size if target_vocab_size is None else target_vocab_size,
+        target=target,
+        normalizer_given=normalizer_given,
+        dtype=dtype,
+        logits_dtype=None if logits_dtype == "compute" else torch.float32,
+        needs_hidden=not frozen_hidden,
+        needs_weight=not frozen_head,
+        row_operations="torch" if impl == "torch" or (impl == "auto" and device == "cpu") else "triton",
+        device=torch.device(device),
+    )
+    costs = Costs(shape, one_pass=chosen == "one_pass", budget=plans.workspace_bytes(workspace_mb))
+    at_peak = costs.at_peak()
+    return Explanation(
+        plan=chosen,
+        walk="by rows" if costs.block_columns is None else "by vocabulary",
+        num_pairs=costs.num_pairs,
+        num_targets=costs.num_targets,
+        chunks=len(costs.layout.chunks),
+        chunk_pairs=costs.chunk_pairs,
+        chunk_targets=costs.chunk_targets,
+        block_columns=costs.block_columns,
+        draft_gemms=costs.draft_gemms,
+        target_gemms=costs.target_flops() / max(costs.one_gemm, 1),
+        gemm_flops=costs.draft_gemms * costs.one_gemm + costs.target_flops(),
+        floor_flops=costs.floor_flops(from_hidden=False),
+        floor_flops_from_hidden=costs.floor_flops(from_hidden=True),
+        peak_bytes=sum(size for _, size in at_peak),
+        held_bytes=costs.held_bytes(),
+        at_peak=at_peak,
+        reasons=(_plan_reason(plan, obstacle), *costs.reasons()),
+    )
+
+
+def _plan_reason(requested: str, obstacle: str | None) -> str:
+    if requested != "auto":
+        return f"plan={requested!r} was asked for"
+    if obstacle is not None:
+        return f"recompute: one pass cannot serve {obstacle}"
+    return "one pass: the factor of each row's gradient is known in the forward; a product less than recompute"
+
+
+def _pairs(num_tokens: int, steps: int, masked_share: float) -> Pairs:
+    """Row t of step k against target row t + k, the first tokens masked."""
+    if steps == 1 and masked_share == 0:
+        return Pairs()
+    counts = torch.arange(num_tokens) >= round(masked_share * num_tokens)
+    rows = torch.arange(num_tokens) + torch.arange(steps).unsqueeze(1)
+    return Pairs(counts.expand(steps, -1), torch.where(rows < num_tokens, rows, -1))
+
+
+def _mib(size: int) -> str:
+    return f"{size / plans.MIB:,.0f} MiB"

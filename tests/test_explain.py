@@ -1,0 +1,191 @@
+"""What `explain` tells is what calls do: its bytes and products against the accounting of real calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_lk
+from bench.accounting import account, full_size
+
+N, H, V, FULL = 3072, 512, 8192, 12000
+TOLERANCE, SLACK = 0.03, 2**20  # of the peak, and in bytes
+BLOCKS = 2 * 2**22  # two blocks of rows of the PyTorch row operations
+
+
+def compare(
+    *,
+    kind="hidden",
+    plan="one_pass",
+    impl="triton",
+    device="cuda",
+    dtype=torch.bfloat16,
+    steps=1,
+    tokens=N,
+    vocab=V,
+    shared=True,
+    masked_share=0.0,
+    frozen=(),
+    normalizer_given=False,
+    logits_dtype="compute",
+    workspace_mb="auto",
+):
+    """The explanation and the account of one step."""
+    full = vocab if shared else vocab + 4096
+    told = fused_lk.explain(
+        tokens,
+        H,
+        vocab,
+        full,
+        target=kind,
+        plan=plan,
+        objective="alpha",
+        impl=impl,
+        device=device,
+        dtype=dtype,
+        ttt_steps=steps,
+        masked_share=masked_share,
+        normalizer_given=normalizer_given,
+        frozen_head="head" in frozen,
+        frozen_hidden="hidden" in frozen,
+        logits_dtype=logits_dtype,
+        workspace_mb=workspace_mb,
+    )
+    counts = torch.arange(tokens) >= round(masked_share * tokens)
+    rows = torch.arange(tokens) + torch.arange(steps).unsqueeze(1)
+    counts, rows = counts.expand(steps, -1), torch.where(rows < tokens, rows, -1)
+    pairs = fused_lk.Pairs(counts, rows) if steps > 1 else fused_lk.Pairs(counts[0])
+    draft_vocab = None if shared else fused_lk.DraftVocab(torch.arange(full) < vocab)
+    ids = torch.zeros(tokens, 5, dtype=torch.long) + torch.arange(5)
+    with full_size(device):
+        sources = [torch.empty(tokens, H, dtype=dtype).requires_grad_("hidden" not in frozen) for _ in range(steps)]
+        weight = torch.empty(vocab, H, dtype=dtype).requires_grad_("head" not in frozen)
+        states = torch.empty(tokens, H, dtype=dtype)
+        head = fused_lk.TargetHead(torch.empty(full, H, dtype=dtype), draft_vocab)
+        given = torch.empty(tokens, full, dtype=dtype)
+        topk = torch.empty(tokens, 5)
+        known = {"log_normalizer": torch.empty(tokens), "token_ids": ids[:, 0]} if normalizer_given else {}
+
+        def run():
+            target = {
+                "hidden": lambda: fused_lk.Target.from_hidden(
+                    states, head, impl=impl, workspace_mb=workspace_mb, **known
+                ),
+                "cached": lambda: fused_lk.Target.from_hidden(
+                    states, head, impl=impl, workspace_mb=workspace_mb, cache=True
+                ),
+                "logits": lambda: fused_lk.Target.from_logits(given, draft_vocab, impl=impl),
+                "probs": lambda: fused_lk.Target.from_probs(given[:, :vocab], draft_vocab),
+                "topk": lambda: fused_lk.Target.from_topk(ids, topk, full if shared else draft_vocab),
+            }[kind]()
+            return fused_lk.lk_loss(
+                sources if steps > 1 else sources[0],
+                weight,
+                target,
+                objective="alpha",
+                pairs=pairs if steps > 1 or masked_share else None,
+                plan=plan,
+                impl=impl,
+                logits_dtype=logits_dtype,
+                workspace_mb=workspace_mb,
+            ).loss
+
+        seen = account(run)
+    return told, seen
+
+
+def check(told, seen, blocks=0):
+    assert told.gemm_flops == seen.gemm_flops
+    off_by = abs(told.peak_bytes - seen.peak)
+    assert off_by <= TOLERANCE * seen.peak + SLACK + blocks, (told.at_peak, seen.at_peak[:8])
+
+
+PLANS = pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+
+
+@PLANS
+@pytest.mark.parametrize("device, impl", [("cuda", "triton"), ("cpu", "torch"), ("cpu", "triton"), ("cuda", "torch")])
+@pytest.mark.parametrize("tokens", [1024, 3072, 10000])
+def test_devices_and_sizes(tokens, device, impl, plan):
+    check(*compare(tokens=tokens, device=device, impl=impl, plan=plan), blocks=BLOCKS if impl == "torch" else 0)
+
+
+@PLANS
+def test_the_row_operations_in_pytorch(plan):
+    for case in ({"dtype": torch.float32}, {"shared": False}, {"kind": "probs"}, {"steps": 3}):
+        check(*compare(device="cpu", impl="torch", plan=plan, **case), blocks=BLOCKS)
+
+
+@PLANS
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["hidden", "cached", "logits", "probs", "topk"])
+def test_targets(kind, shared, plan):
+    check(*compare(kind=kind, shared=shared, plan=plan))
+
+
+@PLANS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("logits_dtype", ["compute", torch.float32])
+def test_dtypes(dtype, logits_dtype, plan):
+    check(*compare(dtype=dtype, logits_dtype=logits_dtype, plan=plan))
+
+
+@PLANS
+@pytest.mark.parametrize("frozen", [["head"], ["hidden"]])
+@pytest.mark.parametrize("tokens", [3072, 10000])
+def test_frozen(tokens, frozen, plan):
+    check(*compare(frozen=frozen, tokens=tokens, plan=plan))
+
+
+@PLANS
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("steps, masked_share", [(1, 0.5), (4, 0.0), (4, 0.75)])
+def test_work_lists(steps, masked_share, device, plan):
+    check(*compare(steps=steps, masked_share=masked_share, device=device, plan=plan))
+
+
+@PLANS
+@pytest.mark.parametrize("workspace_mb", [4, 1000])
+def test_workspaces(workspace_mb, plan):
+    check(*compare(workspace_mb=workspace_mb, plan=plan))
+
+
+def test_held():
+    """Exactly the gradients, the scale and the loss apart; or statistics of the pairs, outputs among them."""
+    for plan, dtype in (("one_pass", torch.bfloat16), ("one_pass", torch.float16), ("recompute", torch.bfloat16)):
+        told, seen = compare(plan=plan, dtype=dtype)
+        outputs = 0 if plan == "one_pass" else 3 * 4 * N
+        assert abs(told.held_bytes + outputs - seen.after_forward) <= (64 if plan == "one_pass" else 24 * N)
+
+
+def test_floors():
+    told = fused_lk.explain(N, H, V, FULL, objective="alpha")
+    one = 2 * N * H * V
+    assert (told.floor_flops, told.floor_flops_from_hidden) == (4 * one, 3 * one + 2 * N * H * FULL)
+    seven = fused_lk.explain(N, H, V, ttt_steps=7, objective="alpha")
+    assert seven.floor_flops == 3 * 2 * seven.num_pairs * H * V + one
+    frozen = fused_lk.explain(N, H, V, frozen_head=True, objective="alpha")
+    assert frozen.floor_flops == frozen.gemm_flops == 3 * one
+    assert fused_lk.explain(N, H, V, target="probs", objective="kl").floor_flops_from_hidden == 3 * one
+
+
+def test_it_says_why():
+    text = str(fused_lk.explain(8192, 4096, 32000))
+    assert "recompute: one pass cannot serve lambda_per" in text
+    assert "by vocabulary: dH of 8192 pairs is smaller to accumulate than dW of 32000 tokens" in text
+    text = str(fused_lk.explain(8192, 4096, 151936, objective="tv"))
+    assert "at most 1024 pairs a chunk: what hides the float32 traffic of dW on a GPU" in text
+    assert "MiB beyond the inputs" in text
+    with pytest.raises(ValueError, match='plan="one_pass" can serve'):
+        fused_lk.explain(8192, 4096, 32000, plan="one_pass")
+    with pytest.raises(ValueError, match="masked_share in"):
+        fused_lk.explain(8192, 4096, 32000, masked_share=2)
+
+
+def test_pairs_in_hand():
+    """The actual work list: its own count, and chunks as the call will cut them."""
+    mask = torch.rand(4, 700, generator=torch.Generator().manual_seed(0)) > 0.5
+    pairs = fused_lk.Pairs.ttt(mask, 3)
+    told = fused_lk.explain(2800, H, V, ttt_steps=3, pairs=pairs, workspace_mb=8)
+    assert (told.num_pairs, told.num_targets) == (pairs.num_pairs, pairs.num_targets(8400))
+    assert told.chunk_pairs * told.chunks >= told.num_pairs
