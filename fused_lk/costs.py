@@ -280,7 +280,7 @@ class Costs:
 
     def _in_order(self) -> bool:
         """Whether a chunk's hidden states are read where they lie."""
-        return self.layout.rows is None
+        return self.layout.flat_rows is None
 
     def _in_one_run(self) -> bool:
         return self._in_order() and self.shape.num_sources == 1

@@ -23,34 +23,32 @@ def _gather(sources: Sequence[Tensor], layout: Layout, chunk: Chunk, out: Tensor
     Ignored rows that are kept for shape are zero-filled: a zero gradient times NaN is NaN.
     """
     n, valid = chunk.num_pairs, layout.valid
-    if layout.rows is None and valid is None and len(chunk.segments) == 1:
-        source, start, stop = chunk.segments[0]
-        first = start - source * layout.rows_per_source
-        return sources[source][first : first + stop - start]
+    if layout.flat_rows is None and valid is None and len(chunk.segments) == 1:
+        segment = chunk.segments[0]
+        return sources[segment.source][layout.rows_of(segment)]
     if out is None:
         out = sources[0].new_empty(n, sources[0].shape[1])
-    for source, start, stop in chunk.segments:
-        into = out[start - chunk.start : stop - chunk.start]
-        if layout.rows is None:
-            first = start - source * layout.rows_per_source
-            into.copy_(sources[source][first : first + stop - start])
+    for segment in chunk.segments:
+        into = out[segment.start - chunk.start : segment.stop - chunk.start]
+        source, rows = sources[segment.source], layout.rows_of(segment)
+        if isinstance(rows, slice):
+            into.copy_(source[rows])
         else:
-            torch.index_select(sources[source], 0, layout.rows[start:stop], out=into)
+            torch.index_select(source, 0, rows, out=into)
     return out if valid is None else out.masked_fill_(~valid[chunk.start : chunk.stop].unsqueeze(1), 0.0)
 
 
 def _scatter(sources: Sequence[Tensor | None], layout: Layout, chunk: Chunk, rows: Tensor) -> None:
     """Write the chunk's `rows` to their places in `sources`; a draft row belongs to one pair at most."""
-    for source, start, stop in chunk.segments:
-        into = sources[source]
+    for segment in chunk.segments:
+        into, at = sources[segment.source], layout.rows_of(segment)
         if into is None:
             continue
-        part = rows[start - chunk.start : stop - chunk.start]
-        if layout.rows is None:
-            first = start - source * layout.rows_per_source
-            into[first : first + stop - start] = part
+        part = rows[segment.start - chunk.start : segment.stop - chunk.start]
+        if isinstance(at, slice):
+            into[at] = part
         else:
-            into.index_copy_(0, layout.rows[start:stop], part)
+            into.index_copy_(0, at, part)
 
 
 def _gradient_buffers(sources: Sequence[Tensor], needs: Sequence[bool], layout: Layout) -> list[Tensor | None]:
@@ -137,12 +135,10 @@ class LinearGradients:
         """Take the gradient `g` `[n, V]` with respect to the chunk's logits."""
         draft, layout = self.draft, self.layout
         if any(x is not None for x in self.hidden):
-            if layout.rows is None and len(chunk.segments) == 1:
-                source, start, stop = chunk.segments[0]
-                first = start - source * layout.rows_per_source
-                into = self.hidden[source]
+            if layout.flat_rows is None and len(chunk.segments) == 1:
+                into = self.hidden[chunk.segments[0].source]
                 if into is not None:
-                    gemm.product_into(into[first : first + stop - start], g, draft.weight)
+                    gemm.product_into(into[layout.rows_of(chunk.segments[0])], g, draft.weight)
             else:
                 _scatter(self.hidden, layout, chunk, torch.mm(g, draft.weight))
         if self.weight is not None and h is not None:
@@ -204,10 +200,8 @@ class LogitsGradients:
     def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tile | None) -> Tensor:
         if not self.in_place:
             return z
-        source, start, stop = chunk.segments[0]
-        first = start - source * self.layout.rows_per_source
-        into = self.logits[source]
-        return torch.empty_like(z) if into is None else into[first : first + stop - start]
+        into = self.logits[chunk.segments[0].source]
+        return torch.empty_like(z) if into is None else into[self.layout.rows_of(chunk.segments[0])]
 
     def add(self, chunk: Chunk, h: Tensor | None, g: Tensor) -> None:
         if not self.in_place:

@@ -45,18 +45,14 @@ class Layout:
     """Pairs in the order in which they are worked on.
 
     Attributes:
-        rows: int64 `[P]`, draft row within its source; None: the rows of a segment are `row_of(start)` and on.
         flat_rows: int64 `[P]`, draft row counted through all sources; None: pair i is row i.
-        target_rows: int64 `[P]`; None: pair i is scored against target row i.
-        unique_targets: int64 `[M]`, distinct target rows in order; None: the rows `0..P`, or `target_rows` itself.
+        unique_targets: int64 `[M]`, distinct target rows in order; None: the rows `0..P`.
         unique_index: int64 `[P]`, index of each pair's row in `unique_targets`; None: pair i uses the i-th.
         weights, positions, valid: `[P]` or None, as `Pairs` holds them.
     """
 
     rows_per_source: int
-    rows: Tensor | None
     flat_rows: Tensor | None
-    target_rows: Tensor | None
     unique_targets: Tensor | None
     unique_index: Tensor | None
     weights: Tensor | None
@@ -76,8 +72,8 @@ class Layout:
                 a, b = a + base, b + base
                 chunks.append(Chunk(a, b, (Segment(source, a, b),), slice(a, b)))
         return cls(
-            per_source, None, None, pairs.target_rows, pairs.target_rows, None, pairs.weights, pairs.positions,
-            pairs.valid, tuple(chunks), num_rows, num_rows,
+            per_source, None, pairs.target_rows, None, pairs.weights, pairs.positions, pairs.valid, tuple(chunks),
+            num_rows, num_rows,
         )  # fmt: skip
 
     @classmethod
@@ -94,12 +90,11 @@ class Layout:
         per_source = num_rows // num_sources
         source = pairs._host_draft // max(per_source, 1)
         chunk_of = np.repeat(np.arange(len(cuts)), [b - a for a, b, _ in cuts])
-        flat_rows, order = pairs.draft_rows, None
+        order = None
         if num_sources > 1:
             host_order = np.argsort(chunk_of * num_sources + source, kind="stable")
             source = source[host_order]
             order = torch.from_numpy(host_order).to(pairs.device)
-            flat_rows = flat_rows[order]
 
         def arrange(x: Tensor | None) -> Tensor | None:
             return x if x is None or order is None else x[order]
@@ -122,9 +117,7 @@ class Layout:
             chunks.append(Chunk(a, b, segments, unique))
         return cls(
             per_source,
-            flat_rows if num_sources == 1 else flat_rows % per_source,
-            flat_rows,
-            arrange(pairs.target_rows),
+            arrange(pairs.draft_rows),
             unique_targets,
             unique_index,
             arrange(pairs.weights),
@@ -139,6 +132,21 @@ class Layout:
     def in_order(self) -> bool:
         """Whether pair i is draft row i, and counts."""
         return self.flat_rows is None and self.valid is None
+
+    @property
+    def target_rows(self) -> Tensor | None:
+        """int64 `[P]`; None: pair i is scored against target row i. (Made when asked for: it is seldom needed.)"""
+        if self.unique_targets is None or self.unique_index is None:
+            return self.unique_targets
+        return self.unique_targets[self.unique_index]
+
+    def rows_of(self, segment: Segment) -> slice | Tensor:
+        """The segment's rows within its source."""
+        first = segment.source * self.rows_per_source
+        if self.flat_rows is None:
+            return slice(segment.start - first, segment.stop - first)
+        rows = self.flat_rows[segment.start : segment.stop]
+        return rows if first == 0 else rows - first
 
     def whole(self) -> Chunk:
         """All pairs as one chunk; runs that a cut between chunks divided are one segment again."""
@@ -163,7 +171,7 @@ class Layout:
 
     def of_target(self, x: Tensor) -> Tensor:
         """`x` `[M_all]`, per row of the target, as `[P]`, per pair."""
-        return x if self.target_rows is None else x[self.target_rows]
+        return x if (rows := self.target_rows) is None else x[rows]
 
 
 def _balanced(count: int, most: int) -> list[tuple[int, int]]:

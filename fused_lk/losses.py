@@ -347,14 +347,12 @@ class _Reduction:
         return adaptive_kl_weight(acceptance, self.options.eta, self.options.kl_scale)
 
     def _reduce(self, per_pair: Tensor) -> Tensor:
+        if self.options.reduction in ("mean", "sum"):  # a number per pair is held, not one per pair and position
+            return (self._coefficients() * per_pair).sum()
         weighted = self.weights * per_pair
         if self.options.reduction == "none":
             return self.layout.per_row(weighted, self.request.num_rows).view(self.request.shape)
-        sums = self.sums(weighted)
-        if self.options.reduction == "sum":
-            return (self._decay() * sums).sum()
-        means = self._divide(sums)
-        return means if self.options.reduction == "position" else (self._decay() * means).sum()
+        return self._divide(self.sums(weighted))
 
     def _output(self, loss: Tensor, pairs: PairResults, kl_weight: Tensor | None) -> LKOutput:
         layout, target = self.layout, self.request.target

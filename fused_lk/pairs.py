@@ -333,9 +333,7 @@ class Pairs:
         if self.draft_rows is not None:
             weights, target_rows, positions = self.dense(num_rows, device)
             valid = weights > 0
-        return Layout(
-            num_rows, None, None, target_rows, target_rows, None, weights, positions, valid, (), num_rows, num_rows
-        )
+        return Layout(num_rows, None, target_rows, None, weights, positions, valid, (), num_rows, num_rows)
 
     def layout(self, num_rows: int, num_sources: int, max_pairs: int, max_targets: int) -> Layout:
         """The pairs cut into chunks of at most `max_pairs` pairs and `max_targets` distinct target rows.
