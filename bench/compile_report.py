@@ -298,8 +298,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write every row here")
     parser.add_argument("--workers", type=int, default=min(len(offline.CARDS), os.cpu_count() or 1))
     arguments = parser.parse_args()
-    rows = report(arguments.arch or list(offline.CARDS), list(cases(arguments.quick)), arguments.workers)
+    archs = arguments.arch or list(offline.CARDS)
+    known = [arch for arch in archs if offline.CARDS[arch].since <= offline.TRITON]
+    rows = report(known, list(cases(arguments.quick)), arguments.workers)
     print(markdown(rows))
+    for arch in set(archs) - set(known):
+        needed = ".".join(str(x) for x in offline.CARDS[arch].since)
+        print(f"\n{arch} {offline.CARDS[arch].cards}: not known to this Triton; {needed} is the first that is")
     broken = [row for row in rows if row.breaches]
     print(f"\nTriton {triton.__version__}: {len(rows)} binaries, {len(broken)} with a breach")
     for row in broken:

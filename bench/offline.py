@@ -8,6 +8,8 @@ what is inspected is what a launch on that card would run; nothing about signatu
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -35,6 +37,7 @@ class Card(NamedTuple):
     shared_per_block: int
     shared: int
     reserved: int
+    since: tuple[int, int] = (3, 2)  # the first Triton that compiles for it
 
 
 KIB = 1024
@@ -43,9 +46,12 @@ KIB = 1024
 CARDS = {
     "sm_80": Card("A100", GPUTarget("cuda", 80, 32), 65536, 256, 64, 32, 163 * KIB, 164 * KIB, KIB),
     "sm_90": Card("H100", GPUTarget("cuda", 90, 32), 65536, 256, 64, 32, 227 * KIB, 228 * KIB, KIB),
-    "sm_100": Card("B200", GPUTarget("cuda", 100, 32), 65536, 256, 64, 32, 227 * KIB, 228 * KIB, KIB),
+    "sm_100": Card("B200", GPUTarget("cuda", 100, 32), 65536, 256, 64, 32, 227 * KIB, 228 * KIB, KIB, since=(3, 3)),
     "gfx942": Card("MI300", GPUTarget("hip", "gfx942", 64), 4 * 512 * 64, 8 * 64, 32, 32, 64 * KIB, 64 * KIB, 0),
 }
+
+
+TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
 class _Driver:
@@ -81,7 +87,10 @@ def compiling_for(arch: str) -> Iterator[list[Any]]:
 
     previous = driver.__dict__.copy()
     driver.set_active(_Driver(CARDS[arch].target))
-    if triton.__version__.startswith("3.2."):  # which binds a kernel to the first target that it meets
+    if TRITON < (3, 3):  # which binds a kernel to the first target that it meets, and links with ROCm's own linker
+        os.environ.setdefault(
+            "TRITON_HIP_LLD_PATH", shutil.which("true") or ""
+        )  # the assembly before it is what we read
         for kernel in launch.KERNELS.values():
             kernel.binder = None
     try:
