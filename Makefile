@@ -13,6 +13,10 @@ demo: $(READY)
 test: $(READY) $(OLDEST)
 	$(BIN)/python -m pytest
 
+# On a machine with a GPU, PyTorch and Triton: its own Python (PYTHON=...), nothing installed or downloaded.
+gpu:
+	$(PYTHON) -m bench.gpu
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

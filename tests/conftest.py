@@ -4,9 +4,19 @@ import os
 
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
-if not torch.cuda.is_available():
+# On a CPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported. `make gpu`
+# runs the same tests on a card, with the compiled kernels: tensors and random numbers are then made there.
+DEVICE = os.environ.get("FUSED_LK_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    torch.set_default_device(DEVICE)
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: torch.device | str = DEVICE) -> "Generator":
+            return super().__new__(cls, device)
+
+    torch.Generator = Generator  # type: ignore[misc]
 
 # Small tensors in many tests: threads cost more than they bring.
 torch.set_num_threads(2)

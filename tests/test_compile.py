@@ -19,8 +19,10 @@ OLDEST = ROOT / ".venv-oldest" / "triton"  # put there by the Makefile
 def run(tmp_path: Path, *arguments: str, path: Path | None = None) -> str:
     """Run Python with Triton's compiler and an empty cache; `path` goes before the installed packages."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment.pop("FUSED_LK_AUTOTUNE", None)
-    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in (path, ROOT) if p is not None)
+    for name in ("FUSED_LK_AUTOTUNE", "FUSED_LK_TEST_DEVICE"):
+        environment.pop(name, None)
+    paths = (path, ROOT, os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in paths if p)
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )

@@ -11,7 +11,7 @@ from fused_lk.rowwise import RowStats
 launch = pytest.importorskip("fused_lk.kernels.launch")
 
 NEG_INF = float("-inf")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.get_default_device().type
 SCALES = (1 / 0.7, 1 / 1.3)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
