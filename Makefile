@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest/.ready
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test lint bench gate gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m demo
@@ -21,6 +21,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+gate: $(READY)
+	$(BIN)/python -m bench.gate
 
 $(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed (PYTHON=... selects one)")'

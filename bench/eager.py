@@ -51,7 +51,7 @@ def _specforge_step(h: Tensor, weight: Tensor, target_p: Tensor, target_p_on_dra
 
 
 def speculators(inputs: Inputs) -> Tensor:
-    """`lk_hybrid` as vLLM speculators' eager losses: draft-vocabulary logits alone, p renormalised, lambda per token."""
+    """`lk_hybrid` as speculators' eager losses: draft-vocabulary logits alone, p renormalised, lambda per token."""
     with torch.no_grad():
         targets = F.linear(inputs.target_hidden, inputs.target_draft_weight)
     return over_steps(inputs, targets, lk_hybrid)

@@ -1,7 +1,7 @@
 """The floor: matrix products that nobody can avoid, as bare `torch.mm` into memory that exists already.
 
-    normaliser given     z = h W^T, dH = g W, dW = g^T h for each of K draft steps, t = h_t W_t[D]^T once:  3 + 1/K
-    from hidden states   the pass over the full target vocabulary instead of t:                             3 + (V_t / V_d) / K
+    normaliser given     z = h W^T, dH = g W, dW = g^T h for each of K draft steps, t = h_t W_t[D]^T once    3 + 1/K
+    from hidden states   the pass over the full target vocabulary instead of t                     3 + (V_t / V_d) / K
 
 in units of one draft product over all K steps. Rows that no pair uses are left out.
 """

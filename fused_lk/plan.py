@@ -20,8 +20,8 @@ DEFAULT_WORKSPACE_MB = 256
 ROWS_TO_HIDE_WEIGHT_TRAFFIC = 1024
 
 # On a CPU tiles above 32 MiB go back to the kernel when freed (glibc's largest mmap threshold), and every page
-# of the next one faults: 20 ms per 64 MiB, 0.3 of a GEMM (measured, as are the sizes, at 1,024 x 256 x 32,000: 256, 64,
-# 48, 32 MiB take 1.30, 1.14, 1.16, 1.18 s of one thread for the recompute plan). Below 128 rows a chunk GEMMs lose more.
+# of the next one faults: 20 ms per 64 MiB, a quarter of a GEMM. Measured at 1,024 x 256 x 32,000: 256, 64, 48, 32 MiB
+# take 1.30, 1.14, 1.16, 1.18 s of one thread for the recompute plan. Below 128 rows a chunk the GEMMs lose more.
 CPU_WORKSPACE_MB = 64
 MIN_CPU_ROWS = 128
 
