@@ -89,7 +89,7 @@ def _exact(problem: Problem, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor
 def methods(problem: Problem) -> dict[str, Divergences]:
     def ours(logits_dtype: str | torch.dtype) -> Divergences:
         def divergences(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            target = fused_lk.Target.from_hidden(problem.target_hidden, problem.weight)
+            target = fused_lk.Target.from_hidden(problem.target_hidden, problem.weight, logits_dtype=logits_dtype)
             d = fused_lk.lk_divergences(hidden, problem.weight, target, logits_dtype=logits_dtype)
             return d.log_acceptance, d.kl
 

@@ -18,20 +18,13 @@ from .pairs import Pairs
 from .rowwise import IMPLS, row_ops
 from .target import Target
 
-
-def _wide_logits(logits_dtype: str | torch.dtype) -> torch.dtype | None:
-    if logits_dtype not in ("compute", torch.float32):
-        validation.fail('logits_dtype to be "compute" or torch.float32', logits_dtype, "Choose one of these.")
-    return None if logits_dtype == "compute" else torch.float32
-
-
 # The options of a call that are not tensors, and how each is checked.
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "impl": partial(validation.choice, "impl", options=IMPLS),
     "plan": partial(validation.choice, "plan", options=plan.PLANS),
     "draft_temperature": partial(validation.number, "draft_temperature", above=0),
     "workspace_mb": plan.workspace_bytes,
-    "logits_dtype": _wide_logits,
+    "logits_dtype": validation.wide_logits,
     "skip_masked": bool,
 }
 
@@ -124,7 +117,7 @@ def linear(
                 "Convert one of them, or run under torch.autocast.",
                 TypeError,
             )
-    wide = _wide_logits(logits_dtype)
+    wide = validation.wide_logits(logits_dtype)
     return _call(tuple(tensors), DraftTensors(len(sources), True, wide), shape, weight.shape[0], target, **options)
 
 

@@ -58,8 +58,9 @@ def lk_divergences(
         impl: "auto" (Triton on a GPU, else PyTorch), "triton", "torch", or "reference" (eager, full logits: the
             oracle). A named choice never falls back.
         workspace_mb: bound in MiB on the logits held at any time, draft's and target's together.
-        logits_dtype: "compute" rounds logits to the hidden states' dtype, as eager code does; `torch.float32` keeps
-            the matrix product's own float32.
+        logits_dtype: "compute" rounds the draft's logits to the hidden states' dtype, as eager code does;
+            `torch.float32` keeps the matrix product's own float32. `Target.from_hidden` has it for the target's:
+            near alpha = 1 either rounding alone spoils the gradient.
 
     Returns:
         `Divergences`, each of the draft's shape without its last dimension, fp32 (fp64 for fp64 inputs). Gradients

@@ -13,7 +13,7 @@ from .autocast import compute_dtype
 from .head import TargetHead, check_is_vocab, check_vocab
 from .layout import Layout
 from .rowwise import IMPLS
-from .target_tiles import HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
+from .target_tiles import ExactHiddenTiles, HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
 from .vocab import DraftVocab
 
 NEG_INF = float("-inf")
@@ -82,6 +82,7 @@ class Target:
         renormalize: bool = False,
         impl: str = "auto",
         workspace_mb: float | str = "auto",
+        logits_dtype: str | torch.dtype = "compute",
     ) -> Target:
         """A target from its last hidden states: `p = softmax(hidden @ lm_head_weight.T / temperature)`.
 
@@ -100,6 +101,7 @@ class Target:
             temperature: of the target's softmax, > 0.
             renormalize: score alpha against p renormalised on the draft vocabulary (vLLM speculators).
             impl: "auto", "triton" or "torch", and workspace_mb: as in `lk_loss`, for the pass.
+            logits_dtype: as in `lk_loss`, for the target's logits, wherever they are made.
 
         Raises:
             TypeError, ValueError: wrong types, ranks, sizes, devices; `hidden` that requires grad.
@@ -126,7 +128,8 @@ class Target:
             )
         validation.same_device(head.weight.device, hidden=hidden)
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
-        tiles = HiddenTiles(rows, head.draft_weight, head.draft_bias)
+        exact = validation.wide_logits(logits_dtype) is not None
+        tiles = (ExactHiddenTiles if exact else HiddenTiles)(rows, head.draft_weight, head.draft_bias)
         target = Target(tiles, hidden.shape[:-1], head.vocab, temperature, renormalize)
         target._given(log_normalizer, token_ids)
         flat_mask = None
@@ -140,7 +143,9 @@ class Target:
         def over_full_vocabulary(cache: bool = False) -> tuple[Tensor, Tensor, Tensor]:
             ids = None if head.vocab is None else head.vocab.target_ids
             scale = 1.0 / target.temperature
-            return target_pass.over_hidden(rows, head.weight, head.bias, flat_mask, ids, cache, scale, impl, budget)
+            return target_pass.over_hidden(
+                rows, head.weight, head.bias, flat_mask, ids, cache, scale, impl, budget, exact
+            )
 
         known = target._log_normalizer is not None or (renormalize and token_ids is not None)
         if cache or (head.vocab is not None and not known):

@@ -28,7 +28,7 @@ def _(logits: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
 
 @opaque(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? cached_ids, bool cache, float scale, str impl, "
-    "int? budget) -> (Tensor, Tensor, Tensor)"
+    "int? budget, bool exact=False) -> (Tensor, Tensor, Tensor)"
 )
 def over_hidden(
     hidden: Tensor,
@@ -40,21 +40,23 @@ def over_hidden(
     scale: float,
     impl: str,
     budget: int | None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(logsumexp, argmax, cached)` of each row of `hidden @ weight.T + bias`, `[N]`, `[N]` and `[N, V_draft]`.
 
     Rows outside `mask` are not computed: NaN, 0 and zeros. With `cache`, `cached` holds the columns `cached_ids` (None:
-    all) of the same logits, with a padded row stride; else it is empty.
+    all) of the same logits, with a padded row stride; else it is empty. `exact` logits are the product's own float32.
     """
     n, size = hidden.shape[0], weight.shape[0]
     rows = None if mask is None else mask.nonzero().squeeze(1)
     count = n if rows is None else rows.shape[0]
     normalizer = torch.full((n,), float("nan"), dtype=accumulation_dtype(hidden), device=hidden.device)
     argmax = torch.zeros(n, dtype=torch.long, device=hidden.device)
-    cached = _cache(hidden, weight, cached_ids, cache)
+    dtype = _logits_dtype(hidden, exact)
+    cached = _cache(hidden, weight, cached_ids, cache, dtype)
     ops = row_ops(impl, hidden.device)
-    step = plan.target_rows(size, count, hidden.element_size(), hidden.device, budget)
-    tile = Tile(step, size, hidden.dtype, hidden.device)
+    step = plan.target_rows(size, count, dtype.itemsize, hidden.device, budget)
+    tile = Tile(step, size, dtype, hidden.device)
     for start in range(0, count, step):
         stop = min(start + step, count)
         at = slice(start, stop) if rows is None else rows[start:stop]
@@ -79,13 +81,19 @@ def _(
     scale: float,
     impl: str,
     budget: int | None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = hidden.shape[0]
     lse = hidden.new_empty(n, dtype=accumulation_dtype(hidden))
-    return lse, hidden.new_empty(n, dtype=torch.long), _cache(hidden, weight, cached_ids, cache)
+    cached = _cache(hidden, weight, cached_ids, cache, _logits_dtype(hidden, exact))
+    return lse, hidden.new_empty(n, dtype=torch.long), cached
 
 
-def _cache(hidden: Tensor, weight: Tensor, ids: Tensor | None, wanted: bool) -> Tensor:
+def _logits_dtype(hidden: Tensor, exact: bool) -> torch.dtype:
+    return accumulation_dtype(hidden) if exact else hidden.dtype
+
+
+def _cache(hidden: Tensor, weight: Tensor, ids: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
     columns = weight.shape[0] if ids is None else ids.shape[0]
     rows = hidden.shape[0] if wanted else 0
-    return hidden.new_zeros(rows, row_stride(columns))[:, :columns]
+    return hidden.new_zeros(rows, row_stride(columns), dtype=dtype)[:, :columns]

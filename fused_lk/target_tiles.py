@@ -94,6 +94,20 @@ class HiddenTiles(TargetTiles):
         return logits.to(accumulation_dtype(logits))
 
 
+class ExactHiddenTiles(HiddenTiles):
+    """The same with the products' float32 results in the tile."""
+
+    kind = "exact_hidden"
+
+    def __init__(self, hidden: Tensor, draft_weight: Tensor, draft_bias: Tensor | None = None) -> None:
+        super().__init__(hidden, draft_weight, draft_bias)
+        self.dtype = accumulation_dtype(hidden)
+
+    def dense(self) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return F.linear(self.hidden.to(self.dtype), self.weight.to(self.dtype), bias)
+
+
 class LogitsTiles(TargetTiles):
     """Logits in hand, `[N, V]`; with `target_ids` those of a larger vocabulary, of which these columns are wanted."""
 
@@ -176,5 +190,5 @@ def rebuild(kind: str, tensors: Sequence[Tensor], vocab_size: int) -> TargetTile
     if kind == TopKTiles.kind:
         log_probs, draft_ids = tensors
         return TopKTiles(log_probs, draft_ids, vocab_size)
-    kinds: dict[str, Callable[..., TargetTiles]] = {c.kind: c for c in (HiddenTiles, LogitsTiles, ProbsTiles)}
-    return kinds[kind](*tensors)
+    kinds: tuple[Callable[..., TargetTiles], ...] = (HiddenTiles, ExactHiddenTiles, LogitsTiles, ProbsTiles)
+    return {c.kind: c for c in kinds}[kind](*tensors)

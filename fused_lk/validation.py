@@ -107,3 +107,10 @@ def is_constant(name: str, value: Tensor) -> None:
             value,
             f"Pass {name}.detach(), or compute it under torch.no_grad().",
         )
+
+
+def wide_logits(logits_dtype: str | torch.dtype) -> torch.dtype | None:
+    """float32 where `logits_dtype` asks for the matrix product's own float32 result; None for "compute"."""
+    if logits_dtype not in ("compute", torch.float32):
+        fail('logits_dtype to be "compute" or torch.float32', logits_dtype, "Choose one of these.")
+    return None if logits_dtype == "compute" else torch.float32

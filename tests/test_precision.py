@@ -50,3 +50,35 @@ def test_error_within_that_of_the_eager_loss(dtype, impl, plan, objective):
         rounding = torch.finfo(mine.dtype).eps * want.abs().max()
         error, allowed = (mine.double() - want).abs().max(), (theirs.double() - want).abs().max()
         assert error <= 1.5 * allowed + rounding, f"{name}: {error:.3g}, eager {allowed:.3g}"
+
+
+@pytest.mark.parametrize("truncated", [False, True], ids=["shared", "truncated"])
+@pytest.mark.parametrize("cache", [False, True], ids=["streamed", "cached"])
+def test_exact_logits_on_both_sides(cache, truncated):
+    """Near alpha = 1 the gradient is a difference of nearly equal numbers: bf16 logits on either side spoil it."""
+    generator = torch.Generator().manual_seed(4)
+    states = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
+    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 4 / HIDDEN**0.5).bfloat16()
+    hidden = (states.float() + 0.01 * torch.randn(TOKENS, HIDDEN, generator=generator)).bfloat16()
+    ids = torch.arange(0, VOCAB, 1 + truncated)
+    t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, ids, True)
+    head = fused_lk.TargetHead(weight, fused_lk.DraftVocab(t2d) if truncated else None)
+    draft_weight = weight[ids]
+    leaf = hidden.double().requires_grad_()
+    log_p = fused_lk.reference.target_log_probs(states.double() @ weight.double().T, ids)
+    log_alpha, _ = fused_lk.reference.divergences(leaf @ draft_weight.double().T, log_p)
+    (want,) = torch.autograd.grad(log_alpha.mean(), leaf)
+
+    def error(draft_dtype, target_dtype, impl):
+        target = fused_lk.Target.from_hidden(states, head, cache=cache, logits_dtype=target_dtype, impl=impl)
+        assert target.dtype == (torch.bfloat16 if target_dtype == "compute" else torch.float32)
+        ours = hidden.clone().requires_grad_()
+        d = fused_lk.lk_divergences(ours, draft_weight, target, logits_dtype=draft_dtype, impl=impl)
+        (got,) = torch.autograd.grad(d.log_acceptance.mean(), ours)
+        return float((got.double() - want).norm() / want.norm())
+
+    for impl in ("torch", "triton"):
+        exact = error(torch.float32, torch.float32, impl)
+        assert exact < 0.02, "more than the bf16 gradient tile costs"
+        for draft_dtype, target_dtype in (("compute", torch.float32), (torch.float32, "compute")):
+            assert error(draft_dtype, target_dtype, impl) > 2 * exact
