@@ -1,0 +1,133 @@
+"""The README says nothing that is not so: its Python runs as written, its options and files exist."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_lk
+from fused_lk.integrations import specforge, speculators
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def training_step():
+    torch.manual_seed(0)
+    return {
+        "torch": torch,
+        "F": F,
+        "fused_lk": fused_lk,
+        "draft_hidden": torch.randn(2, 3, 4, requires_grad=True),
+        "draft_weight": torch.randn(6, 4, requires_grad=True),
+        "target_hidden": torch.randn(2, 3, 5),
+        "target_weight": torch.randn(9, 5),
+        "t2d": torch.arange(9) % 3 > 0,
+    }
+
+
+def specforge_model():
+    import test_specforge
+
+    return {
+        "OnlineEagle3Model": test_specforge.PEER.model.OnlineEagle3Model,
+        "draft_model": test_specforge.make_model().draft_model,
+    }
+
+
+def speculators_model():
+    import test_speculators
+
+    return {"model": test_speculators.make_model()}
+
+
+# What a block takes for granted, by a name that it uses; the first that fits.
+GRANTED = {
+    "integrations import specforge": specforge_model,
+    "integrations import speculators": speculators_model,
+    "draft_hidden": training_step,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0] for block in BLOCKS])
+def test_python_runs_as_written(block):
+    granted = next((make for name, make in GRANTED.items() if name in block), dict)()
+    try:
+        exec(compile(block, "README.md", "exec"), granted)
+    finally:
+        speculators.unregister()
+    if "loss =" in block and "out =" in block:  # before and after are the same loss
+        torch.testing.assert_close(granted["out"].loss, granted["loss"])
+        assert granted["draft_hidden"].grad.abs().sum() > 0
+        assert granted["draft_weight"].grad.abs().sum() > 0
+
+
+def test_there_is_python_to_run():
+    assert any("out.loss.backward()" in block for block in BLOCKS)
+
+
+def inline_code():
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+# Options of other projects, and environment variables
+FOREIGN = {"fullgraph"}
+
+
+def known_options():
+    found = set()
+    for name in fused_lk.__all__:
+        value = getattr(fused_lk, name)
+        members = [value, *vars(value).values()] if inspect.isclass(value) else [value]
+        found |= {p for x in members if callable(getattr(x, "__func__", x)) for p in parameters(x)}
+    for function in (specforge.apply, speculators.apply, speculators.register):
+        found |= parameters(function)
+    return found
+
+
+def parameters(x):
+    try:
+        return set(inspect.signature(getattr(x, "__func__", x)).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+def test_options_exist():
+    named = {name for code in inline_code() for name in re.findall(r"\b([a-z]\w*)=(?!=)", code)}
+    assert named >= {"impl", "kl_weight", "workspace_mb"}
+    assert named <= known_options() | FOREIGN
+
+
+def test_public_names_exist():
+    named = {name for code in inline_code() + BLOCKS for name in re.findall(r"\bfused_lk\.(\w+)", code)}
+    named |= {f"Target.{name}" for code in inline_code() for name in re.findall(r"\bTarget\.(\w+)", code)}
+    for name in named - {"integrations"}:
+        owner, _, member = name.rpartition(".")
+        assert hasattr(getattr(fused_lk, owner) if owner else fused_lk, member), name
+
+
+def test_objectives_are_those_of_the_loss():
+    table = re.search(r"^\| objective \|.*?\n\n", TEXT, re.MULTILINE | re.DOTALL)[0]
+    named = set(re.findall(r'^\| `"(\w+)"`', table, re.MULTILINE))
+    hidden, weight = torch.randn(2, 3), torch.randn(4, 3)
+    target = fused_lk.Target.from_logits(torch.randn(2, 4))
+    for objective in named:
+        assert fused_lk.lk_loss(hidden, weight, target, objective=objective).loss.isfinite()
+    with pytest.raises(ValueError) as refused:
+        fused_lk.lk_loss(hidden, weight, target, objective="none such")
+    assert named == set(re.findall(r"'(\w+)'", str(refused.value).split(";")[0]))
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith(("http", "#"))]
+    for link in links:
+        assert (ROOT / link.partition("#")[0]).exists(), link
+    make = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^ {4}make (\w+)", TEXT, re.MULTILINE)) <= make
