@@ -1,7 +1,7 @@
 # ruff: noqa: E501 (a table)
 """Do the tests see a bug? Each mutation breaks one line of a copy of the product and runs the tests that should notice.
 
-    python tests/mutations.py [--quick] [--jobs N] [--only TEXT]
+    python tests/mutations.py [--quick] [--jobs N] [--only TEXT] [--part I/N]
 
 prints a Markdown table and exits with 1 if a mutation survives. The tests must pass on the unchanged copy first.
 `tests/test_mutations.py` keeps the table in step with the sources.
@@ -238,8 +238,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a dozen mutations, one or two of each kind")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="mutations whose text or file contains this")
+    parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts, for as many machines")
     arguments = parser.parse_args()
     chosen = [m for m in TABLE if (m.quick or not arguments.quick) and arguments.only in f"{m.where} {m.original}"]
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = chosen[len(chosen) * (part - 1) // parts : len(chosen) * part // parts]
 
     trees: queue.Queue[Path] = queue.Queue()
     for _ in range(arguments.jobs):
