@@ -171,7 +171,7 @@ class Layout:
 
     def of_target(self, x: Tensor) -> Tensor:
         """`x` `[M_all]`, per row of the target, as `[P]`, per pair."""
-        return x if (rows := self.target_rows) is None else x[rows]
+        return x[: self.num_pairs] if (rows := self.target_rows) is None else x[rows]
 
 
 def _balanced(count: int, most: int) -> list[tuple[int, int]]:

@@ -71,6 +71,7 @@ class Pairs:
         self.device = like.device if given else None
         self.is_identity = mask is None and target_rows is None
         self.skip_masked = skip_masked
+        self._names_targets = target_rows is not None  # then the target may have more rows than the draft
         flat = {name: x.detach().reshape(-1) for name, x in given.items()}
         mask, target_rows, positions = (flat.get(name) for name in ("mask", "target_rows", "positions"))
         weights = None if mask is None or mask.dtype == torch.bool else mask
@@ -302,7 +303,7 @@ class Pairs:
             ValueError: an identity list of another length than the target, a row out of range, a row left out by
                 the target's own mask.
         """
-        if self.target_rows is None:
+        if self.target_rows is None and not self._names_targets:
             if num_rows != num_targets:
                 validation.fail(
                     f"as many target rows as draft rows ({num_rows}) without target_rows",
@@ -310,7 +311,7 @@ class Pairs:
                     "Pass target_rows: for each draft row, the row of the flattened target.",
                 )
             used = np.arange(0 if computed is None else num_rows)
-        elif self.draft_rows is None or self.num_pairs == 0 or torch.compiler.is_compiling():
+        elif not self.skip_masked or self.num_pairs == 0 or torch.compiler.is_compiling():
             return
         else:
             used = self._host_targets

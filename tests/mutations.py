@@ -141,7 +141,7 @@ LISTS = [
     Mutation("index", WORK, "flat_rows if num_sources == 1 else flat_rows % per_source", "flat_rows % per_source // 2", PAIRS),
     Mutation("index", WORK, "chunk_of * num_sources + source", "chunk_of + source", PAIRS),
     Mutation("index", WORK, "arrange(pairs.weights)", "pairs.weights", PAIRS),
-    Mutation("index", WORK, "x if self.target_rows is None else x[self.target_rows]", "x", PAIRS),
+    Mutation("index", WORK, "x[: self.num_pairs] if self.target_rows is None else x[self.target_rows]", "x[: self.num_pairs]", PAIRS),
     Mutation("guard", WORK, "target_rows.clamp(min=0)", "target_rows", PAIRS),
     Mutation("mask", WORK, "torch.where(self.valid, weights, 0)", "weights", PAIRS),
 ]
