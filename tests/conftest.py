@@ -3,6 +3,7 @@
 import os
 
 import torch
+from hypothesis import settings
 
 # On a CPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported. `make gpu`
 # runs the same tests on a card, with the compiled kernels: tensors and random numbers are then made there.
@@ -20,3 +21,7 @@ else:
 
 # Small tensors in many tests: threads cost more than they bring.
 torch.set_num_threads(2)
+
+# Tests that search for examples find the same ones in every run.
+settings.register_profile("same in every run", derandomize=True, database=None, deadline=None)
+settings.load_profile("same in every run")

@@ -11,7 +11,7 @@ from fused_lk import DraftVocab
 masks = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(masks, st.randoms(use_true_random=False))
 def test_ids_there_and_back(mask, random):
     t2d = torch.tensor(mask)

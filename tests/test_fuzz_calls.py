@@ -1,0 +1,124 @@
+"""Random calls of `lk_loss` against the oracle: every target, work list, objective, reduction, layout and plan.
+
+The same examples in every run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import assert_outputs_agree
+
+import fused_lk
+
+NEG_INF = float("-inf")
+
+
+@st.composite
+def whole_calls(draw):
+    """`(draft, weight, bias, target, options of the loss)` of float64, in strides as trainers have them."""
+    seed = draw(st.integers(0, 2**20), label="seed")
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    steps, tokens = draw(st.integers(1, 3), label="steps"), draw(st.integers(0, 4), label="tokens")
+    hidden_size, full = draw(st.integers(1, 4), label="H"), draw(st.integers(1, 40), label="V_target")
+    t2d = torch.rand(full, generator=generator) < 0.7
+    t2d[-1] = True
+    truncated = draw(st.booleans(), label="truncated")
+    vocab = fused_lk.DraftVocab(t2d) if truncated else None
+    size = vocab.draft_size if truncated else full
+    kind = draw(st.sampled_from(["hidden", "cached", "logits", "probs", "topk"]), label="target")
+    shares_rows = draw(st.booleans(), label="shared target rows")
+    rows = draw(st.integers(1, 4), label="target rows") if shares_rows else steps * tokens
+    temperature = draw(st.sampled_from([1.0, 0.8]), label="temperature") if kind in ("hidden", "logits") else 1.0
+    renormalize = {"renormalize": draw(st.booleans(), label="renormalize")}
+    states, head = randn(rows, 3), randn(full, 3)
+    logits = (states @ head.T) * draw(st.sampled_from([1.0, 10.0]), label="target spread")
+    if kind in ("logits", "probs") and draw(st.booleans(), label="impossible tokens"):
+        logits[torch.rand(rows, full, generator=generator) < 0.3] = NEG_INF
+        logits[:, 0] = 0.0
+    log_probs = logits.log_softmax(-1)
+    if kind in ("hidden", "cached"):
+        head = fused_lk.TargetHead(head, vocab)
+        given = {"cache": kind == "cached", "temperature": temperature}
+        target = fused_lk.Target.from_hidden(states, head, **given, **renormalize)
+    elif kind == "logits":
+        target = fused_lk.Target.from_logits(logits, vocab, temperature=temperature, **renormalize)
+    elif kind == "probs":
+        probs = log_probs.exp()[:, t2d] if truncated else log_probs.exp()
+        target = fused_lk.Target.from_probs(probs, vocab, **renormalize)
+    else:
+        top = log_probs.topk(min(full, 3))
+        target = fused_lk.Target.from_topk(top.indices, top.values, vocab or full, **renormalize)
+
+    shape = (steps, tokens)
+    layout = draw(st.sampled_from(["contiguous", "strided", "transposed", "list"]), label="layout")
+    hidden = randn(*shape, hidden_size) * draw(st.sampled_from([1.0, 5.0]), label="draft spread")
+    if layout == "strided":
+        hidden = hidden.repeat_interleave(2, -1)[..., ::2]
+    elif layout == "transposed":
+        hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    weight = randn(hidden_size, size).T if draw(st.booleans(), label="column-major head") else randn(size, hidden_size)
+    bias = randn(size) if draw(st.booleans(), label="bias") else None
+
+    weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7)
+    mask = draw(st.sampled_from([None, weights > 0, weights, weights.double()]), label="mask")
+    options = {"mask": mask}
+    if shares_rows:
+        options["target_rows"] = torch.randint(-1, rows, shape, generator=generator)
+    num_positions = draw(st.integers(1, 3), label="positions")
+    if num_positions > 1:
+        options["positions"] = torch.randint(num_positions, shape, generator=generator)
+        options["num_positions"] = num_positions
+    options["objective"] = draw(st.sampled_from(["kl", "tv", "alpha", "lambda", "lambda"]), label="objective")
+    if options["objective"] == "lambda":
+        lambdas = [
+            None,
+            0.0,
+            0.3,
+            torch.rand(num_positions, generator=generator),
+            torch.rand(shape, generator=generator),
+        ]
+        options["kl_weight"] = draw(st.sampled_from(lambdas), label="kl_weight")
+        options["lambda_per"] = draw(st.sampled_from(["position", "token"]), label="lambda per")
+        options["eta"] = draw(st.sampled_from([0.0, 3.0]), label="eta")
+    options["reduction"] = draw(st.sampled_from(["mean", "position", "sum", "none"]), label="reduction")
+    options["denominator"] = draw(st.sampled_from([None, 7.0, torch.rand(num_positions) + 1]), label="denominator")
+    options["position_decay"] = draw(st.sampled_from([1.0, 0.8]), label="decay")
+    options["draft_temperature"] = draw(st.sampled_from([1.0, 0.7]), label="draft temperature")
+    return hidden, layout == "list", weight, bias, target, options
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@settings(max_examples=50)
+@given(
+    case=whole_calls(),
+    workspace_mb=st.sampled_from(["auto", 0.002, 0.01]),
+    skip_masked=st.booleans(),
+    frozen=st.sampled_from(["nothing", "nothing", "hidden", "head"]),
+    recompute=st.booleans(),
+)
+def test_whole_calls(impl, case, workspace_mb, skip_masked, frozen, recompute):
+    """`lk_loss` and its gradients against the oracle, whatever the target, work list, objective and reduction."""
+    hidden, as_list, weight, bias, target, options = case
+    results = []
+    for more in (
+        {"impl": impl, "workspace_mb": workspace_mb, "plan": "recompute" if recompute else "auto"},
+        {"impl": "reference"},
+    ):
+        h = hidden.detach().requires_grad_(frozen != "hidden")
+        head = [None if x is None else x.detach().requires_grad_(frozen != "head") for x in (weight, bias)]
+        draft = list(h.unbind(0)) if as_list else h
+        out = fused_lk.lk_loss(draft, head[0], target, bias=head[1], skip_masked=skip_masked, **options, **more)
+        upstream = torch.linspace(1, 2, out.loss.numel(), dtype=out.loss.dtype).view(out.loss.shape)
+        leaves = [x for x in (h, *head) if x is not None and x.requires_grad]
+        results.append((out, torch.autograd.grad((out.loss * upstream).sum(), leaves)))
+    (ours, gradients), (oracle, expected) = results
+    assert_outputs_agree(ours, oracle, 1e-9, 1e-9)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
