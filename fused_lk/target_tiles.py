@@ -190,5 +190,7 @@ def rebuild(kind: str, tensors: Sequence[Tensor], vocab_size: int) -> TargetTile
     if kind == TopKTiles.kind:
         log_probs, draft_ids = tensors
         return TopKTiles(log_probs, draft_ids, vocab_size)
-    kinds: tuple[Callable[..., TargetTiles], ...] = (HiddenTiles, ExactHiddenTiles, LogitsTiles, ProbsTiles)
-    return {c.kind: c for c in kinds}[kind](*tensors)
+    kinds: dict[str, Callable[..., TargetTiles]] = {
+        c.kind: c for c in (HiddenTiles, ExactHiddenTiles, LogitsTiles, ProbsTiles)
+    }
+    return kinds[kind](*tensors)

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # On a CPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported. `make gpu`
 # runs the same tests on a card, with the compiled kernels: tensors and random numbers are then made there.
@@ -23,5 +23,7 @@ else:
 torch.set_num_threads(2)
 
 # Tests that search for examples find the same ones in every run.
-settings.register_profile("same in every run", derandomize=True, database=None, deadline=None)
-settings.load_profile("same in every run")
+settings.register_profile("default", derandomize=True, database=None, deadline=None)
+settings.load_profile("default")
+# For tests/mutations.py, which asks whether, not why.
+settings.register_profile("first failure", phases=[Phase.generate], report_multiple_bugs=False)

@@ -156,7 +156,12 @@ def test_row_operations(impl, data):
     lse = (rows.double() * scales[1]).logsumexp(1)
     normalizer = torch.where(lse > NEG_INF, lse + 0.3, NEG_INF).to(acc) if case["has_normalizer"] else None
     d_log_alpha, d_kl = torch.rand(2, n, dtype=torch.float64, generator=generator).to(acc)
-    guards = {"z": Guarded(n, size, dtype=dtype, **layout), "t": Guarded(*t.shape, dtype=dtype, **layout)}
+
+    def matrix(like, wider):
+        """Row strides differ, so that one cannot stand for another."""
+        return Guarded(*like.shape, dtype=dtype, **{**layout, "gap": case["gap"] + wider})
+
+    guards = {"z": matrix(z, 0), "t": matrix(t, 1)}
     guards["z"].fill(z)
     guards["t"].fill(t)
     for name, values in (("index", index), ("normalizer", normalizer), ("d_kl", d_kl), ("d_log_alpha", d_log_alpha)):
@@ -169,7 +174,7 @@ def test_row_operations(impl, data):
         name: Guarded(n, dtype=torch.long if name.endswith("argmax") else acc, offset=1, gap=1) for name in fields
     }
     stats = RowStats(**{name: guard.view for name, guard in outputs.items()})
-    outputs["gradient"] = guards["z"] if case["in_place"] else Guarded(n, size, dtype=dtype, **layout)
+    outputs["gradient"] = guards["z"] if case["in_place"] else matrix(z, 2)
     g = outputs["gradient"].view
 
     truth = Truth(z, t, index, normalizer, scales, acc)
