@@ -41,7 +41,10 @@ def _block(
     w = acceptance_weight(log_q, log_p)
     w_r = w * tl.exp(tl.where(w > 0, tl.minimum(log_q - log_alpha, 0.0), float("-inf")))
     gradient = of_q * tl.exp(log_q) + of_w_r * w_r - of_pt * tl.exp(t - target_lse)
-    gradient = tl.where(supported, gradient, 0.0).to(gradient_ptr.dtype.element_ty)
+    gradient = tl.where(supported, gradient, 0.0)
+    if gradient_ptr.dtype.element_ty == tl.bfloat16:  # Triton's interpreter does not cast float64 to it
+        gradient = gradient.to(tl.float32)
+    gradient = gradient.to(gradient_ptr.dtype.element_ty)
     if MASKED:
         tl.store(gradient_ptr + offs_v, gradient, mask=offs_v < n_cols)
     else:
