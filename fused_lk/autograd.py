@@ -165,8 +165,8 @@ class _Divergences(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_log_alpha: Tensor | None, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
-        tensors, saved = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
-        stats = RowStats.without_argmax(saved[:5])
+        saved = ctx.saved_tensors  # once: under activation checkpointing each look unpacks anew
+        tensors, stats = saved[: len(needs)], RowStats.without_argmax(saved[len(needs) :][:5])
         gradients = divergence_gradients(ctx.work, ctx.layout, tensors, needs, stats, d_log_alpha, d_kl)
         return None, None, *gradients
 

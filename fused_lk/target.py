@@ -118,6 +118,7 @@ class Target:
             validation.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
         validation.tensor("hidden", hidden, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("hidden", hidden)
+        validation.same_device(head.weight.device, hidden=hidden)
         head, hidden = head.in_compute_dtype(), hidden.to(compute_dtype(hidden))
         validation.tensor("hidden", hidden, dtypes=[head.weight.dtype])
         if hidden.shape[-1] != head.weight.shape[1]:
@@ -126,7 +127,6 @@ class Target:
                 hidden,
                 "Check that hidden states and head belong to one model.",
             )
-        validation.same_device(head.weight.device, hidden=hidden)
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
         exact = validation.wide_logits(logits_dtype) is not None
         tiles = (ExactHiddenTiles if exact else HiddenTiles)(rows, head.draft_weight, head.draft_bias)

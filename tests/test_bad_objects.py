@@ -52,7 +52,6 @@ OBJECTS = [
     ("hidden: T = 0", lambda g: from_hidden(g, temperature=0), ValueError, "temperature to be a finite number > 0"),
     ("hidden: T < 0", lambda g: from_hidden(g, temperature=-0.7), ValueError, "temperature"),
     ("hidden: impl", lambda g: from_hidden(g, impl="cuda"), ValueError, "impl to be one of"),
-    ("hidden: reference", lambda g: from_hidden(g, impl="reference"), ValueError, "impl to be one of"),
     ("hidden: impl unused", lambda g: Target.from_hidden(g.states, g.target_weight, impl=0), ValueError, "impl to be"),
     ("hidden: workspace", lambda g: from_hidden(g, workspace_mb=0), ValueError, "workspace_mb"),
     ("hidden: workspace name", lambda g: from_hidden(g, workspace_mb="big"), TypeError, "workspace_mb"),
