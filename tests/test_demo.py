@@ -87,12 +87,25 @@ def test_steps_of_training_are_steps_of_decoding(models):
     assert not torch.allclose(hidden_after(last + 1, row), before)
 
 
+def test_decoding_reads_the_rows_that_training_scores(models, monkeypatch):
+    target, draft, vocab = models
+    prompts = torch.randint(VOCAB, (5, 9))
+    passes, drafted = [], []  # what the target was given, and the hidden states that alpha is made of
+    target.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].clone()))
+    divergences = fused_lk.lk_divergences
+    monkeypatch.setattr(fused_lk, "lk_divergences", lambda h, *rest: drafted.append(h) or divergences(h, *rest))
+    decode(target, draft, fused_lk.TargetHead(target.head.weight, vocab), prompts, 3, 1, 0, tqdm(disable=True))
+    before, proposed = passes
+    in_training = draft(target(before)[1], proposed, 3)
+    torch.testing.assert_close(torch.stack(drafted[0]), torch.stack(in_training)[:, :, prompts.shape[1] - 2])
+
+
 def test_acceptance_is_what_alpha_predicts(models):
     target, draft, vocab = models
     head = fused_lk.TargetHead(target.head.weight, vocab)
-    prompts = torch.randint(VOCAB, (100, 8))
-    decoding = decode(target, draft, head, prompts, SIZE.draft_steps, 12, 0, tqdm(disable=True))
-    assert decoding.rounds == 1200
+    prompts = torch.randint(VOCAB, (250, 6))
+    decoding = decode(target, draft, head, prompts, SIZE.draft_steps, 6, 0, tqdm(disable=True))
+    assert decoding.rounds == 1500
     assert decoding.reached[0] == decoding.rounds
     assert torch.equal(decoding.reached[1:], decoding.accepted[:-1])
     rates = decoding.predicted / decoding.reached
@@ -108,14 +121,16 @@ def test_the_text_is_the_targets_own(models):
     target, draft, vocab = models
     head = fused_lk.TargetHead(target.head.weight, vocab)
     prompt = torch.randint(VOCAB, (1, 8))
-    count = 3000
+    count = 2000
     first = decode(target, draft, head, prompt.expand(count, -1), SIZE.draft_steps, 1, 0, tqdm(disable=True)).tokens[
         :, prompt.shape[1]
     ]
     p = target.head(target(prompt)[0][0, -1]).softmax(-1)
-    counts = first.bincount(minlength=VOCAB)
-    z = (counts - count * p) / (count * p * (1 - p)).sqrt().clamp(min=1)
-    assert z.abs().max() < 4.5
+    counts, expected = first.bincount(minlength=VOCAB), count * p
+    rare = expected < 5  # pooled, as chi-squared wants it
+    counts_of, expected_of = (torch.cat([x[~rare], x[rare].sum().view(1)]) for x in (counts.float(), expected))
+    chi_squared, freedom = ((counts_of - expected_of).square() / expected_of).sum(), len(counts_of) - 1
+    assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5
     assert (counts[~vocab.t2d] > 0).any(), "tokens that the draft cannot propose must come too"
 
 
