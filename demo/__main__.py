@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs = cost.of_losses(runs, scorer, windows, settings)
 
     n = runs[0].final.num_tokens
-    print(report.held_out_table(runs, f"Held-out text, {n:,} tokens a position (± standard error over windows)"))
+    print(
+        report.held_out_table(runs, f"Held-out text, {n:,} tokens a position (± standard error over windows; one seed)")
+    )
     rounds = decodings[0].rounds
     print(
         report.decoding_table(

@@ -155,7 +155,7 @@ def _plot_differences(axis: Axes, runs: list[Run]) -> None:
         colour, label = COLOURS[run.objective], f"{NAMES[run.objective]} (± standard error)"
         axis.plot(steps, gain, color=colour, linewidth=1.6, marker="o", markersize=4, label=label)
         axis.fill_between(steps, gain - error, gain + error, color=colour, alpha=0.2, linewidth=0)
-    title = f"Drafts: gain in expected acceptance length over {NAMES[first.objective]}, held-out text"
+    title = f"Drafts: gain over {NAMES[first.objective]} on held-out text"
     axis.set(title=title, xlabel="step", ylabel="tokens per pass of the target")
     axis.legend()
 
@@ -177,16 +177,14 @@ def _plot_positions(axis: Axes, runs: list[Run], decodings: list[Decoding]) -> N
         )  # fmt: skip
     axis.set(title="Drafts: acceptance rate by position", xlabel="draft position", ylabel="acceptance rate")
     axis.set_xticks(range(steps))
-    axis.set_ylim(0, 1)
     axis.grid(False, axis="x")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(runs) + 1, columnspacing=1, fontsize=8.5)
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.4)  # room for the legend
+    axis.set_yticks([tick for tick in axis.get_yticks() if tick <= 1])
+    axis.legend(loc="upper right")
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:
-    """Exponential moving average over a share of the run, unbiased at the start."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
-    return out
+    """Centred means over a share of the run, over what there is of it at both ends."""
+    half = int(share * len(values) / 2)
+    parts = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]

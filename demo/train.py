@@ -26,7 +26,7 @@ class Settings:
 
     target_steps: int = 1500
     target_batch: int = 8
-    draft_steps: int = 1000
+    draft_steps: int = 1500
     draft_batch: int = 4  # small batches and many steps went further in the same time
     length: int = 128
     held_out: int = 256  # windows of `length` tokens
