@@ -24,7 +24,7 @@ def run(tmp_path: Path, *arguments: str, path: Path | None = None) -> str:
     paths = (path, ROOT, os.environ.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in paths if p)
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     return done.stdout
