@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -139,24 +140,22 @@ class Target:
             validation.same_device(hidden.device, mask=mask)
             flat_mask = mask.reshape(-1)
         budget = plan.workspace_bytes(workspace_mb)
-
-        def over_full_vocabulary(cache: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-            ids = None if head.vocab is None else head.vocab.target_ids
-            scale = 1.0 / target.temperature
-            return target_pass.over_hidden(
-                rows, head.weight, head.bias, flat_mask, ids, cache, scale, impl, budget, exact
-            )
+        ids, scale = None if head.vocab is None else head.vocab.target_ids, 1.0 / target.temperature
+        # A partial, not a closure: it is pickled and copied with the target.
+        over_full_vocabulary = functools.partial(
+            target_pass.over_hidden, rows, head.weight, head.bias, flat_mask, ids, cache, scale, impl, budget, exact
+        )
 
         known = target._log_normalizer is not None or (renormalize and token_ids is not None)
         if cache or (head.vocab is not None and not known):
-            normalizer, argmax, cached = over_full_vocabulary(cache)
+            normalizer, argmax, cached = over_full_vocabulary()
             target._log_normalizer = normalizer if target._log_normalizer is None else target._log_normalizer
             target._token_ids = argmax if target._token_ids is None else target._token_ids
             if cache:
                 target.tiles = LogitsTiles(cached)
             if flat_mask is not None and not torch.compiler.is_compiling():
                 target.computed = flat_mask.cpu().numpy()
-        elif head.vocab is None:
+        elif head.vocab is None or token_ids is not None:
             target._find = over_full_vocabulary
         return target
 
@@ -181,10 +180,7 @@ class Target:
         rows = logits.detach().reshape(-1, logits.shape[-1])
         tiles = LogitsTiles(rows, None if vocab is None else vocab.target_ids)
         target = Target(tiles, logits.shape[:-1], vocab, temperature, renormalize)
-
-        def over_full_vocabulary() -> tuple[Tensor, Tensor]:
-            return target_pass.over_logits(rows, 1.0 / target.temperature, impl)
-
+        over_full_vocabulary = functools.partial(target_pass.over_logits, rows, 1.0 / target.temperature, impl)
         if vocab is None:
             target._find = over_full_vocabulary
         else:
@@ -221,7 +217,7 @@ class Target:
         normalizer = tiles.probs.new_zeros(target.num_tokens, dtype=tiles.dtype)
         target._log_normalizer = normalizer
         target._given(None, token_ids)
-        target._find = lambda: (normalizer, target.to_target_ids(tiles.probs.argmax(-1)))
+        target._find = functools.partial(_argmax_of_probs, normalizer, tiles.probs, vocab)
         return target
 
     @staticmethod
@@ -335,6 +331,11 @@ class Target:
             self._log_normalizer = log_normalizer.reshape(-1)
         if token_ids is not None:
             self._token_ids = token_ids.reshape(-1)
+
+
+def _argmax_of_probs(normalizer: Tensor, probs: Tensor, vocab: DraftVocab | None) -> tuple[Tensor, Tensor]:
+    argmax = probs.argmax(-1)
+    return normalizer, argmax if vocab is None else vocab.target_ids[argmax]
 
 
 def _refuse_temperature(temperature: float) -> None:
