@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 WORLD_SIZE = 2
 
 
-def run(function: Callable[..., Any], directory: Path, *arguments: Any, timeout_s: float = 120) -> list[Any]:
+def run(function: Callable[..., Any], directory: Path, *arguments: Any, timeout_s: float = 300) -> list[Any]:
     """`function(rank, *arguments)` in `WORLD_SIZE` fresh processes of one group; what each returned, by rank.
 
     An exception in a process is raised here with its traceback. Processes that wait for one another are ended.
@@ -32,7 +32,7 @@ def run(function: Callable[..., Any], directory: Path, *arguments: Any, timeout_
 
 def _main(rank: int, function: Callable[..., Any], directory: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/rendezvous", datetime.timedelta(seconds=60), WORLD_SIZE, rank)
+    dist.init_process_group("gloo", f"file://{directory}/rendezvous", datetime.timedelta(seconds=240), WORLD_SIZE, rank)
     try:
         torch.save(function(rank, *arguments), f"{directory}/{rank}.pt")
     finally:
