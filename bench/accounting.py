@@ -22,13 +22,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _NAMESPACES = ("aten", "prim", "prims", "profiler")
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm")
+_VIEWS = ("detach", "alias", "_unsafe_view", "lift_fresh")
+_PICKS = ("index", "index_select", "gather", "slice_backward", "index_copy_", "index_put_")
 
 
 class Gemm(NamedTuple):
@@ -44,6 +46,13 @@ class Gemm(NamedTuple):
         return 2 * self.batch * self.m * self.n * self.k
 
 
+class Work(NamedTuple):
+    """One operation: the arithmetic of a matrix product, and the bytes of tensors read and written, each once."""
+
+    flops: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Accounted:
     """What a step did. Bytes are those of live tensors beyond the inputs.
@@ -51,6 +60,7 @@ class Accounted:
     Attributes:
         peak: the most at any time. after_forward, after_backward: what is held when either is done, outputs included.
         forward_gemms, backward_gemms: the matrix products, in order.
+        work: of each operation that reads or writes anything, launches of Triton kernels among them.
         operations: how many operations ran.
         at_peak: `(bytes, shape, operation that made it)` of what was alive at the peak, largest first.
     """
@@ -60,6 +70,7 @@ class Accounted:
     after_backward: int
     forward_gemms: tuple[Gemm, ...]
     backward_gemms: tuple[Gemm, ...]
+    work: tuple[Work, ...]
     operations: int
     at_peak: tuple[tuple[int, tuple[int, ...], str], ...]
 
@@ -79,6 +90,7 @@ class Accounting(TorchDispatchMode):
         super().__init__()
         self.live_bytes = self.peak = self.operations = 0
         self.gemms: list[Gemm] = []
+        self.work: list[Work] = []
         self.at_peak: tuple[tuple[int, tuple[int, ...], str], ...] = ()
         self._live: dict[int, tuple[int, tuple[int, ...], str]] = {}  # by address of the storage
         self._watchers: dict[int, weakref.ref] = {}
@@ -91,19 +103,30 @@ class Accounting(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name in _GEMMS:
             self.gemms.append(_gemm(args[1:3] if "add" in name else args[:2]))
+            flops = self.gemms[-1].flops
+        else:
+            flops = 0
         if func is _ITEM and isinstance(args[0], FakeTensor):
             return False  # no row needs another path; see fused_lk.rowwise._any
-        if func._overloadname == "dtype_out":  # a product's own float32 result: without kernel or shape rule on a CPU
-            return kwargs["out"]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func._overloadname == "dtype_out":  # a product's own float32 result: without kernel or shape rule on a CPU
+            self.work.append(Work(flops, sum(x.nbytes for x in tensors)))
+            return kwargs["out"]
         if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
             with unset_fake_temporarily():  # index arithmetic of work lists and vocabularies, whose values matter
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
         given = {_address(x) for x in tensors}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and _address(x) not in given and _address(x) not in self._live:
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if made and not (func.is_view or "empty" in name or name in _VIEWS):
+            written = sum(x.nbytes for x in made)
+            picks = name in _PICKS  # reads what it writes, not all that it is given
+            given_out = kwargs.get("out")
+            read = written if picks else sum(x.nbytes for x in tensors if x is not given_out)
+            self.work.append(Work(flops, read + written))
+        for x in made:
+            if _address(x) not in given and _address(x) not in self._live:
                 self._add(x, str(func))
         if self.live_bytes > self.peak:
             self.peak = self.live_bytes
@@ -139,6 +162,7 @@ def account(step: Callable[[], Tensor | tuple[Tensor, ...]]) -> Accounted:
         after_backward=after_backward,
         forward_gemms=tuple(seen.gemms[:in_forward]),
         backward_gemms=tuple(seen.gemms[in_forward:]),
+        work=tuple(seen.work),
         operations=seen.operations,
         at_peak=tuple(sorted(seen.at_peak, reverse=True)),
     )
@@ -156,13 +180,21 @@ def full_size(device: str = "cpu") -> Iterator[None]:
     from fused_lk import gemm, plan
 
     with contextlib.ExitStack() as stack:
-        for name in ("_launch", "check_device"):
-            stack.enter_context(mock.patch.object(launch, name, _nothing))
+        for name, stub in (("_launch", _launched), ("check_device", _nothing)):
+            stack.enter_context(mock.patch.object(launch, name, stub))
         if device != "cpu":
             stack.enter_context(mock.patch.object(plan, "is_cpu", return_value=False))
             stack.enter_context(mock.patch.object(gemm, "_has_out_dtype", lambda x: x.dtype.itemsize == 2))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+def _launched(name: str, shape: torch.Size, width: int, arguments: tuple, *_: Any, **__: Any) -> None:
+    """A kernel reads and writes each tile that it is given once; vectors are small beside them."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Accounting):
+            tiles = (x for x in arguments if isinstance(x, Tensor) and x.ndim == 2)
+            mode.work.append(Work(0, sum(x.nbytes for x in tiles)))
 
 
 def _nothing(*_: Any, **__: Any) -> None:
