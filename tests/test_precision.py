@@ -68,10 +68,10 @@ def test_exact_logits_on_both_sides(cache, truncated):
     """Near alpha = 1 the gradient is a difference of nearly equal numbers: bf16 logits on either side spoil it."""
     generator = torch.Generator().manual_seed(4)
     states = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
-    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 4 / HIDDEN**0.5).bfloat16()
+    weight = (torch.randn(TARGET_VOCAB, HIDDEN, generator=generator) * 4 / HIDDEN**0.5).bfloat16()
     hidden = (states.float() + 0.01 * torch.randn(TOKENS, HIDDEN, generator=generator)).bfloat16()
-    ids = torch.arange(VOCAB - 7 * truncated)
-    t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, ids, True)
+    ids = torch.arange(TARGET_VOCAB - 7 * truncated)
+    t2d = torch.zeros(TARGET_VOCAB, dtype=torch.bool).index_fill(0, ids, True)
     head = fused_lk.TargetHead(weight, fused_lk.DraftVocab(t2d) if truncated else None)
     draft_weight = weight[ids]
     leaf = hidden.double().requires_grad_()
