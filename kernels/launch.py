@@ -50,7 +50,7 @@ TILES = {
 CANDIDATES = {
     2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256), Tile(4096, 512)),
     4: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 512)),
-    8: (Tile(512, 128), Tile(1024, 256), Tile(2048, 512)),
+    8: (Tile(512, 128), Tile(1024, 256)),
 }
 KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
 
