@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import fused_lk
 
@@ -21,7 +20,7 @@ from . import corpus, cost, report
 from .corpus import Corpus
 from .decode import Decoding, decode
 from .models import Size, Target, num_parameters
-from .train import Run, Scorer, Settings, train_drafts, train_target
+from .train import Run, Scorer, Settings, bar, train_drafts, train_target
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,7 +108,7 @@ def _decode(
 ) -> list[Decoding]:
     prompts = text.held_out_windows(settings.held_out // 4, settings.length)[:, : settings.length // 4]
     prompts = prompts.to(scorer.device)
-    with tqdm(total=rounds * len(runs), desc="decode", unit="pass", dynamic_ncols=True, mininterval=0.5) as progress:
+    with bar(rounds * len(runs), "decode", "pass") as progress:
         return [
             decode(target, run.draft, scorer.head, prompts, scorer.steps, rounds, settings.seed, progress)
             for run in runs

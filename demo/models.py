@@ -19,7 +19,7 @@ class Size:
     width: int = 128
     draft_width: int = 64
     draft_vocab: int = 1024
-    draft_steps: int = 4
+    ttt_steps: int = 4
 
 
 class Attention(nn.Module):

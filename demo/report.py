@@ -53,7 +53,7 @@ def held_out_table(runs: list[Run], title: str) -> str:
         label = {"accuracy": "accuracy (same argmax)", "kl": "KL(p~, q) in nats"}[name]
         for k in steps:
             values = [float(getattr(e, name)[k]) for e in last]
-            gains = [f"{value - values[0]:+.4f}          " for value in values[1:]]
+            gains = [f"{value - values[0]:+.4f}" + " " * len(" ± 0.0000") for value in values[1:]]
             rows.append([f"{label}, position {k}", *(f"{value:.4f}" for value in values), *gains])
     return table(title, header, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -67,8 +68,9 @@ class Evaluation:
         return float(fused_lk.expected_acceptance_length(self.acceptance))
 
 
-def bar(steps: int, name: str) -> tqdm:
-    return tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True, mininterval=0.5, leave=True)
+def bar(steps: int, name: str, unit: str = "step") -> tqdm:
+    every = 0.5 if sys.stderr.isatty() else 20.0  # seconds; a log file needs few lines
+    return tqdm(range(steps), desc=name, unit=unit, dynamic_ncols=True, mininterval=every)
 
 
 def optimizer_of(
@@ -123,7 +125,7 @@ class Scorer:
     """The loss of a batch: the target's part of it is made once, whatever number of drafts and steps share it."""
 
     def __init__(self, target: Target, vocab: fused_lk.DraftVocab, size: Size, settings: Settings) -> None:
-        self.target, self.steps = target, size.draft_steps
+        self.target, self.steps = target, size.ttt_steps
         self.head = fused_lk.TargetHead(target.head.weight, vocab)
         self.options = {"workspace_mb": settings.workspace_mb}
         self.device = target.head.weight.device

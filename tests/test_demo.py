@@ -16,7 +16,7 @@ from demo.decode import decode
 from demo.models import Draft, Size, Target
 from demo.train import Scorer, Settings, _new_run
 
-SIZE = Size(layers=2, width=32, draft_width=32, draft_vocab=40, draft_steps=3)
+SIZE = Size(layers=2, width=32, draft_width=32, draft_vocab=40, ttt_steps=3)
 VOCAB, BATCH, LENGTH = 60, 4, 16
 
 
@@ -61,7 +61,7 @@ def test_the_eager_loss_it_compares_with_is_the_same_loss(models, objective):
     with torch.no_grad():
         hidden = target(tokens)[0]
     eager = cost.eager_loss(
-        draft(features, tokens, SIZE.draft_steps), draft.head.weight, hidden, scorer.head, vocab.t2d, objective, 0.8
+        draft(features, tokens, SIZE.ttt_steps), draft.head.weight, hidden, scorer.head, vocab.t2d, objective, 0.8
     )
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
     got, want = (torch.autograd.grad(loss, draft.trainable()) for loss in (ours, eager))
@@ -73,14 +73,14 @@ def test_steps_of_training_are_steps_of_decoding(models):
     target, draft, _ = models
     tokens, row, k = torch.randint(VOCAB, (1, LENGTH)), 7, 2
     features = target(tokens)[1]
-    before = draft(features, tokens, SIZE.draft_steps)[k][0, row]
+    before = draft(features, tokens, SIZE.ttt_steps)[k][0, row]
     last = row + 1 + k
 
     def hidden_after(first_changed_token, first_changed_feature):
         changed_tokens, changed_features = tokens.clone(), features.clone()
         changed_tokens[:, first_changed_token:] = (tokens[:, first_changed_token:] + 1) % VOCAB
         changed_features[:, first_changed_feature:] += 1
-        return draft(changed_features, changed_tokens, SIZE.draft_steps)[k][0, row]
+        return draft(changed_features, changed_tokens, SIZE.ttt_steps)[k][0, row]
 
     assert torch.equal(hidden_after(last + 1, row + 1), before)
     assert not torch.allclose(hidden_after(last, row + 1), before)
@@ -104,7 +104,7 @@ def test_acceptance_is_what_alpha_predicts(models):
     target, draft, vocab = models
     head = fused_lk.TargetHead(target.head.weight, vocab)
     prompts = torch.randint(VOCAB, (250, 6))
-    decoding = decode(target, draft, head, prompts, SIZE.draft_steps, 6, 0, tqdm(disable=True))
+    decoding = decode(target, draft, head, prompts, SIZE.ttt_steps, 6, 0, tqdm(disable=True))
     assert decoding.rounds == 1500
     assert decoding.reached[0] == decoding.rounds
     assert torch.equal(decoding.reached[1:], decoding.accepted[:-1])
@@ -122,7 +122,7 @@ def test_the_text_is_the_targets_own(models):
     head = fused_lk.TargetHead(target.head.weight, vocab)
     prompt = torch.randint(VOCAB, (1, 8))
     count = 2000
-    first = decode(target, draft, head, prompt.expand(count, -1), SIZE.draft_steps, 1, 0, tqdm(disable=True)).tokens[
+    first = decode(target, draft, head, prompt.expand(count, -1), SIZE.ttt_steps, 1, 0, tqdm(disable=True)).tokens[
         :, prompt.shape[1]
     ]
     p = target.head(target(prompt)[0][0, -1]).softmax(-1)
