@@ -115,7 +115,7 @@ def test_whole_calls(impl, case, workspace_mb, skip_masked, frozen, recompute):
         head = [None if x is None else x.detach().requires_grad_(frozen != "head") for x in (weight, bias)]
         draft = list(h.unbind(0)) if as_list else h
         out = fused_lk.lk_loss(draft, head[0], target, bias=head[1], skip_masked=skip_masked, **options, **more)
-        upstream = torch.linspace(1, 2, out.loss.numel(), dtype=out.loss.dtype).view(out.loss.shape)
+        upstream = torch.linspace(1.5, 2.5, out.loss.numel(), dtype=out.loss.dtype).view(out.loss.shape)
         leaves = [x for x in (h, *head) if x is not None and x.requires_grad]
         results.append((out, torch.autograd.grad((out.loss * upstream).sum(), leaves)))
     (ours, gradients), (oracle, expected) = results

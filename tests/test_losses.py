@@ -128,6 +128,24 @@ def test_given_kl_weight(kl_weight, work):
         check(problem, kl_weight=given, plan=plan)
 
 
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_upstream_gradients_scale_and_a_graph_can_be_kept(impl, plan):
+    """As a GradScaler has it: a second backward gives the same, a scaled loss gives scaled gradients."""
+    problem = make_problem(work="shifted", num_tokens=4)
+    sources, weight, bias = problem.leaves()
+    options = {"impl": impl, "plan": plan, "objective": "alpha", **problem.options}
+    loss = fused_lk.lk_loss(sources[0], weight, problem.target, bias=bias, **options).loss
+    leaves = [sources[0], weight, bias]
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    scaled = torch.autograd.grad(1024 * loss, leaves)
+    for x, y, z in zip(once, again, scaled, strict=True):
+        assert torch.equal(x, y)
+        assert x.any()
+        torch.testing.assert_close(z, 1024 * x, rtol=1e-12, atol=0)
+
+
 def test_denominators_per_position():
     problem = make_problem(work="shifted")
     denominator = torch.tensor([3.0, 5.0, 0.0], dtype=torch.float64)
