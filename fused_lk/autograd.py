@@ -70,12 +70,10 @@ def divergence_gradients(
     """Gradients of `sum d_log_alpha * log alpha + d_kl * KL`, in the tensors' shapes; None where not needed."""
     if (d_log_alpha is None and d_kl is None) or work.layout.num_pairs == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=True)]
-    counts = stats.target_lse > float("-inf")
-    if work.layout.valid is not None:
-        counts &= work.layout.valid
+    supported = stats.target_lse > float("-inf")
     zero = torch.zeros_like(stats.kl)
-    d_log_alpha = zero if d_log_alpha is None else torch.where(counts, d_log_alpha, 0)
-    d_kl = zero if d_kl is None else torch.where(counts, d_kl, 0)
+    d_log_alpha = zero if d_log_alpha is None else torch.where(supported, d_log_alpha, 0)
+    d_kl = zero if d_kl is None else torch.where(supported, d_kl, 0)
     scale = near_unit_scale(d_log_alpha, d_kl)
     draft = layout.build(tensors)
     needs_weight = layout.linear and needs[layout.num_sources]

@@ -160,7 +160,6 @@ WALKS = [
     Mutation("scale", "fused_lk/draft.py", "gemm.accumulate(self.weight, g.t(), h)", "gemm.product_into(self.weight, g.t(), h.to(g.dtype))", CALLS, True),
     Mutation("scale", "fused_lk/autograd.py", "scale = scale * d_loss", "scale = scale * 1.0", "tests/test_losses.py::test_upstream_gradients_scale_and_a_graph_can_be_kept", True),
     Mutation("scale", "fused_lk/autograd.py", "d_log_alpha / scale, d_kl / scale, scale)", "d_log_alpha, d_kl / scale, scale)", CALLS),
-    Mutation("mask", "fused_lk/autograd.py", "counts &= work.layout.valid", "counts &= True", GARBAGE),
     Mutation("offset", "fused_lk/chunked.py", "coefficients(chunk.start + start, chunk.start + stop, stats)", "coefficients(start, stop, stats)", CALLS, True),
     Mutation("offset", "fused_lk/chunked.py", "normalizer[chunk.start : chunk.stop]", "normalizer[: chunk.num_pairs]", CALLS),
     Mutation("offset", "fused_lk/chunked.py", "stats.rows(a, b), d_log_alpha[a:b], d_kl[a:b], g)", "stats.rows(a, b), d_log_alpha[a:b], d_kl[: b - a], g)", CALLS),
