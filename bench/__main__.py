@@ -43,8 +43,10 @@ def main() -> int:
     path = options.out / f"{machine.file_stem()}{'-quick' if options.quick else ''}.csv"
     for name, shape, provider, status in tqdm(_with_status(cells, statuses), total=len(cells), unit="cell"):
         measured = None
+        if status == "ok" and options.minutes and time.monotonic() - begin > 60 * options.minutes:
+            status = f"not reached in {options.minutes:g} minutes"
         if status == "ok":
-            rounds, most = (3, 10.0) if options.quick else (20, 300.0) if gpu else (7, 12.0) if not name else (5, 6.0)
+            rounds, most = (3, 4.0) if options.quick else (20, 300.0) if gpu else (5, 3.0 if name else 8.0)
             job = Job([Cell(shape, provider.name)], rounds, 3 if gpu else 1, options.threads, most)
             (measured,) = measure_in_fresh_process(job)
         rows += report.rows_of(name, shape, provider, measured, status, origin)
@@ -93,6 +95,7 @@ def _parse(gpu: bool) -> argparse.Namespace:
     parser.add_argument("--series", nargs="*", choices=list(plots.AXES), default=list(plots.AXES), help="what to grow")
     parser.add_argument("--quick", action="store_true", help="three rounds a cell, no series")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1) if not gpu else os.cpu_count())
+    parser.add_argument("--minutes", type=float, default=0 if gpu else 14, help="start no cell after; 0: no limit")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
