@@ -153,7 +153,7 @@ def markdown(rows: list[Row]) -> str:
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
-        errors = f"{r.alpha_mean_error:.1e}, {r.alpha_max_error:.1e} | {r.kl_relative_error:.1%}"
+        errors = f"{r.alpha_mean_error:.1e}, {r.alpha_max_error:.1e} | {r.kl_relative_error:.1e}"
         gradients = f"{r.kl_gradient_error:.2%} | {r.alpha_gradient_error:.2%}"
         lines.append(f"| {r.alpha:.4f} | {r.method} | {errors} | {gradients} | {1e3 * r.seconds:,.0f} |")
     return "\n".join(lines) + "\n"

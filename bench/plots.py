@@ -104,7 +104,10 @@ def _scaling(rows: Sequence[Row]) -> Any:
             axis.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axis.set_ylabel(label)
-    axes[0][0].legend(fontsize=8, frameon=False)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(
+        lines, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=len(lines), fontsize=9, frameon=False
+    )
     row = rows[0]
     what = f"forward + backward; H {row.hidden_size:,}, {row.dtype}.  {_origin(row)}"
     figure.text(0.01, -0.02, what, fontsize=8, color="#555555")
