@@ -9,7 +9,6 @@ import torch
 from . import plan as plans
 from . import validation
 from .costs import TARGET_KINDS, Costs, Shape
-from .losses import _obstacle
 from .options import LossOptions
 from .pairs import Pairs
 
@@ -127,7 +126,8 @@ def explain(
     validation.choice("device", device, ("cpu", "cuda"))
     if validation.number("masked_share", masked_share, minimum=0) > 1:
         validation.fail("masked_share in [0, 1]", masked_share, "Pass the share of tokens that do not count.")
-    obstacle = _obstacle(LossOptions(objective, lambda_per=lambda_per, kl_weight=kl_weight, reduction=reduction))
+    options = LossOptions(objective, lambda_per=lambda_per, kl_weight=kl_weight, reduction=reduction)
+    obstacle = options.obstacle_to_one_pass
     chosen = plans.resolve(plan, obstacle)
     shape = Shape(
         pairs=_pairs(num_tokens, ttt_steps, masked_share) if pairs is None else pairs,

@@ -261,20 +261,11 @@ def _divergences(request: Call) -> Divergences:
 
 
 def _loss(request: Call, options: LossOptions, requested_plan: str) -> LKOutput:
-    one_pass = plans.resolve(requested_plan, _obstacle(options)) == "one_pass" and request.needs_gradient
+    one_pass = plans.resolve(requested_plan, options.obstacle_to_one_pass) == "one_pass" and request.needs_gradient
     with torch.autocast(request.device.type, enabled=False):
         if request.impl == "reference":
             return _reference_loss(request, options)
         return _Reduction(request, options, one_pass).run()
-
-
-def _obstacle(options: LossOptions) -> str | None:
-    """Why gradients cannot be made in the forward."""
-    if options.waits_for_batch:
-        return 'lambda_per="position" without kl_weight (lambda is known only when all tokens are)'
-    if options.reduction in ("position", "none"):
-        return f'reduction="{options.reduction}" (the upstream gradient of each element is not known in the forward)'
-    return None
 
 
 class _Reduction:

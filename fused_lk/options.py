@@ -62,6 +62,15 @@ class LossOptions:
         """Whether a token's loss depends on other tokens' acceptance."""
         return self.objective == "lambda" and self.kl_weight is None and self.lambda_per == "position"
 
+    @property
+    def obstacle_to_one_pass(self) -> str | None:
+        """Why gradients cannot be made in the forward; None: they can."""
+        if self.waits_for_batch:
+            return 'lambda_per="position" without kl_weight (lambda is known only when all tokens are)'
+        if self.reduction in ("position", "none"):
+            return f'reduction="{self.reduction}" (the upstream gradient of each element is not known in the forward)'
+        return None
+
     def mix(self, kl_weight: Tensor | None) -> Mix:
         """The mix of tokens whose lambda is `kl_weight` (read by objective "lambda" alone)."""
         return FIXED[self.objective] if kl_weight is None else blend(kl_weight)

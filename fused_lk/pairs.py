@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .layout import Chunk as Chunk
-from .layout import Layout as Layout
+from .layout import Layout
 
 _IGNORED = torch.iinfo(torch.long).max
 

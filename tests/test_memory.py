@@ -11,6 +11,7 @@ import torch
 import fused_lk
 from bench.accounting import GIB, account, full_size
 from bench.memory import SHAPES, accounted, eager, ours
+from fused_lk import plan
 
 NAMES = ("V32k", "V32k_ttt7", "V152k", "V152k_frozen", "V32k_of_128k", "V32k_of_128k_ttt7")
 SHAPE = dict(zip(NAMES, SHAPES, strict=True))
@@ -46,6 +47,15 @@ def test_peak(name, plan, impl, device, monkeypatch):
     draft_gemms = 2 + (plan == "recompute") + (not shape.frozen_head)
     assert seen.gemm_flops >= draft_gemms * shape.ttt_steps * gemm_flops(shape), "the watcher missed the work"
     assert seen.peak / GIB <= FIGURES[name][1 if plan == "recompute" else 2], seen.at_peak[:8]
+
+
+@pytest.mark.parametrize("name", ["V32k", "V32k_ttt7"])
+def test_the_walk_accumulates_over_the_smaller_side(name, monkeypatch):
+    """By vocabulary where there are fewer pairs than tokens in it, else by rows: the other walk needs more."""
+    chosen = accounted(SHAPE[name], ours("recompute", "triton"), "cuda").peak
+    other = plan.walks_by_vocabulary
+    monkeypatch.setattr(plan, "walks_by_vocabulary", lambda v, pairs, needs: needs and not other(v, pairs, needs))
+    assert accounted(SHAPE[name], ours("recompute", "triton"), "cuda").peak > 1.1 * chosen
 
 
 @pytest.mark.parametrize("name", ["V32k", "V32k_ttt7", "V152k"])
