@@ -146,6 +146,13 @@ def test_upstream_gradients_scale_and_a_graph_can_be_kept(impl, plan):
         torch.testing.assert_close(z, 1024 * x, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("kind", TARGET_KINDS)
+def test_a_walk_by_vocabulary_in_blocks(kind):
+    """129 columns in blocks of 64, the last of one column: a vocabulary below 64 is a single block."""
+    problem = make_problem(kind=kind, work="shifted", num_tokens=5, draft_size=129, target_size=170)
+    check(problem, workspace_mb=0.002)
+
+
 def test_denominators_per_position():
     problem = make_problem(work="shifted")
     denominator = torch.tensor([3.0, 5.0, 0.0], dtype=torch.float64)
