@@ -85,7 +85,7 @@ KERNELS = [
     Mutation("min", STATS, "tl.minimum(log_q, log_p)", "tl.maximum(log_q, log_p)", TILES),
     Mutation("index", STATS, "tl.store(kl_ptr + row,", "tl.store(kl_ptr + row + 1,", TILES),
     Mutation("index", STATS, "argmax(t_top, t_at, lanes)", "argmax(z_top, t_at, lanes)", TILES),
-    Mutation("guard", STATS, "tl.where(sum_alpha == 0, 1.0, sum_alpha)", "sum_alpha", FUZZ),
+    Mutation("guard", STATS, "tl.where(sum_alpha == 0, 0.0, sum_sigma / tl.where(sum_alpha == 0, 1.0, sum_alpha))", "sum_sigma / sum_alpha", FUZZ),
     Mutation("offset", GRAD, "start = tl.program_id(1) * BLOCK_V", "start = tl.program_id(1) * 0", TILES, True),
     Mutation("offset", GRAD, "gradient_ptr += row * gradient_row_stride", "gradient_ptr += row * z_row_stride", FUZZ),
     Mutation("index", GRAD, "t_row = tl.load(t_index_ptr + row).to(tl.int64)", "t_row = row", TILES),
