@@ -1,26 +1,20 @@
-"""The public losses: from a validated call to sums and means over tokens.
-
-The primitive, two differentiable numbers per token, comes from `autograd`; everything here is arithmetic on
-`[tokens]`-sized tensors around it.
-"""
+"""The public losses: the primitive, the loss, and their twins for logits in hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import call, reference, validation
+from . import by_reference, call
 from . import plan as plans
-from .autograd import PairResults
 from .call import Call
 from .engine import engine
-from .metrics import Divergences, LKOutput, position_sums, ratio
-from .objective import FIXED, NEG_INF, MixRule, adaptive_kl_weight, token_loss
-from .options import LossOptions, per_position
+from .metrics import Divergences, LKOutput
+from .options import LossOptions
 from .pairs import Pairs
+from .reduction import Reduction
 from .target import Target
 
 
@@ -252,7 +246,7 @@ def lk_loss_from_logits(
 def _divergences(request: Call) -> Divergences:
     with torch.autocast(request.device.type, enabled=False):
         if request.impl == "reference":
-            return _reference_divergences(request)
+            return by_reference.divergences(request)
         by = engine(request)
         layout, pairs = by.layout, by.divergences()
     ids = request.target.to_target_ids(pairs.draft_argmax)
@@ -264,178 +258,5 @@ def _loss(request: Call, options: LossOptions, requested_plan: str) -> LKOutput:
     one_pass = plans.resolve(requested_plan, options.obstacle_to_one_pass) == "one_pass" and request.needs_gradient
     with torch.autocast(request.device.type, enabled=False):
         if request.impl == "reference":
-            return _reference_loss(request, options)
-        return _Reduction(request, options, one_pass).run()
-
-
-class _Reduction:
-    """Weights, positions and denominators of one call's pairs, and the output made with them."""
-
-    def __init__(self, request: Call, options: LossOptions, one_pass: bool) -> None:
-        self.request, self.options, self.one_pass = request, options, one_pass
-        wants_target_argmax = request.target.finds_argmax_in_tiles
-        self.engine = engine(request, one_pass=one_pass, wants_target_argmax=wants_target_argmax)
-        self.layout = layout = self.engine.layout
-        self.num_positions = request.pairs.num_positions
-        acc = torch.promote_types(torch.promote_types(request.tensors[0].dtype, torch.float32), request.target.dtype)
-        ones = torch.ones(layout.num_pairs, dtype=acc, device=request.device)
-        self.weights = ones if layout.weights is None else layout.weights.to(acc)
-        self.weight_sum = self.sums(self.weights)
-        self.kl_weight = None if options.kl_weight is None else self._given_kl_weight(options.kl_weight)
-
-    def sums(self, x: Tensor) -> Tensor:
-        return position_sums(x, self.layout.positions, self.num_positions)
-
-    def of_pair(self, x: Tensor) -> Tensor:
-        """`x` `[K]`, per position, as `[P]`, per pair."""
-        positions = self.layout.positions
-        return x[0].expand(self.layout.num_pairs) if positions is None else x[positions]
-
-    def run(self) -> LKOutput:
-        if self.one_pass:
-            loss, pairs = self.engine.loss_in_one_pass(self._coefficients(), self._mix_rule())
-            return self._output(loss, pairs, self._kl_weights(pairs.log_acceptance))
-        pairs = self.engine.divergences()
-        kl_weight = self._kl_weights(pairs.log_acceptance.detach())
-        per_pair = token_loss(self.options.mix(kl_weight), pairs.log_acceptance, pairs.kl)
-        return self._output(self._reduce(per_pair), pairs, kl_weight)
-
-    def _given_kl_weight(self, given: float | Tensor) -> Tensor:
-        """`[P]`, from a float, `[K]`, or one per token."""
-        if isinstance(given, Tensor) and given.shape != (self.num_positions,) and given.shape == self.request.shape:
-            validation.same_device(self.request.device, kl_weight=given)
-            of_pair = self.layout.per_pair(given.detach().reshape(-1)).to(self.weights)
-            return of_pair if self.layout.valid is None else torch.where(self.layout.valid, of_pair, 0)
-        return self.of_pair(per_position("kl_weight", given, self.num_positions, self.weights))
-
-    def _decay(self) -> Tensor:
-        k = torch.arange(self.num_positions, dtype=self.weights.dtype, device=self.weights.device)
-        return self.options.position_decay**k
-
-    def _divide(self, x: Tensor) -> Tensor:
-        """`x` `[K]` by the denominators; 0 where a denominator is."""
-        given = self.options.denominator
-        if given is None:
-            return ratio(x, self.weight_sum)
-        return ratio(x, per_position("denominator", given, self.num_positions, self.weights))
-
-    def _coefficients(self) -> Tensor:
-        """`[P]`, what each token's loss is multiplied by in the scalar loss."""
-        of_position = self._decay()
-        if self.options.reduction == "mean":
-            of_position = self._divide(of_position)
-        return self.weights * self.of_pair(of_position)
-
-    def _mix_rule(self) -> MixRule:
-        return MixRule(self.options.objective, self.options.eta, self.options.kl_scale, self.kl_weight)
-
-    def _kl_weights(self, log_acceptance: Tensor) -> Tensor | None:
-        """Lambda per pair; None for objectives that have none."""
-        if self.options.objective != "lambda" or self.kl_weight is not None:
-            return self.kl_weight
-        acceptance = log_acceptance.exp()
-        if self.options.waits_for_batch:
-            acceptance = self.of_pair(ratio(self.sums(self.weights * acceptance), self.weight_sum))
-        return adaptive_kl_weight(acceptance, self.options.eta, self.options.kl_scale)
-
-    def _reduce(self, per_pair: Tensor) -> Tensor:
-        if self.options.reduction in ("mean", "sum"):  # a number per pair is held, not one per pair and position
-            return (self._coefficients() * per_pair).sum()
-        weighted = self.weights * per_pair
-        if self.options.reduction == "none":
-            return self.layout.per_row(weighted, self.request.num_rows).view(self.request.shape)
-        return self._divide(self.sums(weighted))
-
-    def _output(self, loss: Tensor, pairs: PairResults, kl_weight: Tensor | None) -> LKOutput:
-        layout, target = self.layout, self.request.target
-        log_acceptance, kl = pairs.log_acceptance.detach(), pairs.kl.detach()
-        draft_ids = target.to_target_ids(pairs.draft_argmax)
-        target_ids = target.argmax_of(layout, pairs.target_argmax)
-        w = self.weights
-        correct = torch.full_like(w, float("nan")) if target_ids is None else w * (draft_ids == target_ids)
-        lam = FIXED[self.options.objective].kl if kl_weight is None else kl_weight
-        supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
-
-        def per_row(x: Tensor) -> Tensor:
-            return layout.per_row(x, self.request.num_rows).view(self.request.shape)
-
-        return LKOutput(
-            loss=loss,
-            acceptance_sum=self.sums(w * log_acceptance.exp()),
-            accuracy_sum=self.sums(correct),
-            kl_sum=self.sums(w * kl),
-            weight_sum=self.weight_sum,
-            kl_weight=ratio(self.sums(w * lam), self.weight_sum),
-            num_tokens=self.sums(supervised.long()),
-            num_unsupported=(supervised & (log_acceptance == NEG_INF)).sum(),
-            token_log_acceptance=per_row(log_acceptance),
-            draft_token_ids=per_row(draft_ids),
-            loss_is_per_position=self.options.reduction == "position",
-        )
-
-
-def _reference_divergences(request: Call) -> Divergences:
-    rows = _ReferenceRows(request)
-    log_acceptance, kl = reference.masked_divergences(
-        rows.draft_logits, rows.log_p, rows.weights > 0, request.draft_temperature
-    )
-    acceptance = torch.where(rows.weights > 0, log_acceptance.exp(), 0)
-    return Divergences(*(x.view(request.shape) for x in (log_acceptance, kl, acceptance, rows.draft_ids)))
-
-
-def _reference_loss(request: Call, options: LossOptions) -> LKOutput:
-    rows, target, num_positions = _ReferenceRows(request), request.target, request.pairs.num_positions
-    kl_weight = options.kl_weight
-    if isinstance(kl_weight, Tensor) and kl_weight.shape != (num_positions,) and kl_weight.shape == request.shape:
-        kl_weight = kl_weight.reshape(-1)
-    out = reference.lk_loss(
-        rows.draft_logits,
-        rows.log_p,
-        objective=options.objective,
-        eta=options.eta,
-        kl_scale=options.kl_scale,
-        lambda_per=options.lambda_per,
-        kl_weight=kl_weight,
-        weights=rows.weights,
-        positions=rows.positions,
-        num_positions=num_positions,
-        position_decay=options.position_decay,
-        reduction=options.reduction,
-        denominator=options.denominator,
-        draft_temperature=request.draft_temperature,
-    )
-    target_ids = target.token_ids
-    if target_ids is None:
-        correct = torch.full_like(rows.weights, float("nan"))
-    else:
-        correct = rows.weights * (rows.draft_ids == target_ids.reshape(-1)[rows.target_rows])
-    return LKOutput(
-        loss=out.loss.view(request.shape) if options.reduction == "none" else out.loss,
-        acceptance_sum=out.acceptance_sum,
-        accuracy_sum=position_sums(correct, rows.positions, num_positions),
-        kl_sum=out.kl_sum,
-        weight_sum=out.weight_sum,
-        kl_weight=out.kl_weight,
-        num_tokens=out.num_tokens,
-        num_unsupported=out.num_unsupported,
-        token_log_acceptance=out.log_acceptance.detach().view(request.shape),
-        draft_token_ids=rows.draft_ids.view(request.shape),
-        loss_is_per_position=options.reduction == "position",
-    )
-
-
-class _ReferenceRows:
-    """One call for the oracle: full logits, one row per draft row."""
-
-    def __init__(self, request: Call) -> None:
-        draft, target = request.draft, request.target
-        rows = [x.reshape(-1, x.shape[-1]) for x in request.tensors[: draft.num_sources]]
-        self.draft_logits = reference.promote(torch.cat(rows))
-        if draft.linear:
-            weight, *bias = (reference.promote(x) for x in request.tensors[draft.num_sources :])
-            self.draft_logits = F.linear(self.draft_logits, weight, *bias)
-        self.weights, self.target_rows, self.positions = request.pairs.dense(request.num_rows, request.device)
-        acc = torch.promote_types(self.draft_logits.dtype, target.dtype)
-        self.weights = self.weights.to(torch.promote_types(acc, torch.float32))
-        self.log_p = target.dense_log_probs()[self.target_rows]
-        self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)
+            return by_reference.loss(request, options)
+        return Reduction(request, options, one_pass).run()

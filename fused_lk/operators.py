@@ -86,10 +86,8 @@ class FlatCall(NamedTuple):
 
     def empty_stats(self) -> list[Tensor]:
         """Unwritten results per row, for tracing."""
-        tiles = self.target[0] if self.target_kind == "hidden" else None
         like, n = self.draft[0], self.num_rows
-        acc = accumulation_dtype(like)
-        acc = torch.promote_types(acc, accumulation_dtype(self.target[0]) if tiles is None else tiles.dtype)
+        acc = torch.promote_types(accumulation_dtype(like), accumulation_dtype(self.target[0]))
         floats = [like.new_empty(n, dtype=acc) for _ in range(5)]
         return [*floats, *(like.new_empty(n, dtype=torch.long) for _ in range(1 + self.wants_target_argmax))]
 

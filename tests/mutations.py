@@ -170,9 +170,9 @@ WALKS = [
     Mutation("sign", "fused_lk/objective.py", "-(mix.tv * log_acceptance.exp()", "(mix.tv * log_acceptance.exp()", CALLS, True),
     Mutation("scale", "fused_lk/objective.py", "Mix(kl_weight, 1.0 - kl_weight, 0.0)", "Mix(kl_weight, 1.0, 0.0)", CALLS),
     Mutation("sign", "fused_lk/objective.py", "torch.exp(-eta * acceptance.detach())", "torch.exp(eta * acceptance.detach())", CALLS),
-    Mutation("index", "fused_lk/losses.py", "x[0].expand(self.layout.num_pairs) if positions is None else x[positions]", "x[0].expand(self.layout.num_pairs)", CALLS),
-    Mutation("scale", "fused_lk/losses.py", "return self.weights * self.of_pair(of_position)", "return self.of_pair(of_position)", CALLS),
-    Mutation("off by one", "fused_lk/losses.py", "return self.options.position_decay**k", "return self.options.position_decay**(k + 1)", CALLS),
+    Mutation("index", "fused_lk/reduction.py", "x[0].expand(self.layout.num_pairs) if positions is None else x[positions]", "x[0].expand(self.layout.num_pairs)", CALLS),
+    Mutation("scale", "fused_lk/reduction.py", "return self.weights * self.of_pair(of_position)", "return self.of_pair(of_position)", CALLS),
+    Mutation("off by one", "fused_lk/reduction.py", "return self.options.position_decay**k", "return self.options.position_decay**(k + 1)", CALLS),
 ]
 # fmt: on
 TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS]
