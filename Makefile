@@ -8,7 +8,7 @@ OLDEST := .venv-oldest/.ready
 .PHONY: demo test lint bench gate gpu clean
 
 demo: $(READY)
-	$(BIN)/python -m demo
+	$(BIN)/python -m demo $(ARGS)
 
 test: $(READY) $(OLDEST)
 	$(BIN)/python -m pytest
@@ -23,10 +23,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(ARGS)
 
 gate: $(READY)
-	$(BIN)/python -m bench.gate
+	$(BIN)/python -m bench.gate $(ARGS)
 
 $(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed (PYTHON=... selects one)")'

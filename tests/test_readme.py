@@ -20,6 +20,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 def training_step():
     torch.manual_seed(0)
+    vocab = fused_lk.DraftVocab(torch.arange(9) % 3 > 0)
+    hidden = torch.randn(3, 2, 3, 4, requires_grad=True)
     return {
         "torch": torch,
         "F": F,
@@ -28,7 +30,10 @@ def training_step():
         "draft_weight": torch.randn(6, 4, requires_grad=True),
         "target_hidden": torch.randn(2, 3, 5),
         "target_weight": torch.randn(9, 5),
-        "t2d": torch.arange(9) % 3 > 0,
+        "t2d": vocab.t2d,
+        "target": fused_lk.Target.from_hidden(torch.randn(2, 3, 5), torch.randn(9, 5), vocab=vocab),
+        "loss_mask": torch.ones(2, 3, dtype=torch.bool),
+        **{f"hidden_{k}": hidden[k] for k in range(3)},
     }
 
 
@@ -47,17 +52,16 @@ def speculators_model():
     return {"model": test_speculators.make_model()}
 
 
-# What a block takes for granted, by a name that it uses; the first that fits.
+# What a block takes for granted, by a name that it uses; a training step otherwise.
 GRANTED = {
     "integrations import specforge": specforge_model,
     "integrations import speculators": speculators_model,
-    "draft_hidden": training_step,
 }
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0] for block in BLOCKS])
 def test_python_runs_as_written(block):
-    granted = next((make for name, make in GRANTED.items() if name in block), dict)()
+    granted = next((make for name, make in GRANTED.items() if name in block), training_step)()
     try:
         exec(compile(block, "README.md", "exec"), granted)
     finally:
