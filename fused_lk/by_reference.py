@@ -23,16 +23,17 @@ def divergences(request: Call) -> Divergences:
 
 def loss(request: Call, options: LossOptions) -> LKOutput:
     rows, target, num_positions = _Rows(request), request.target, request.pairs.num_positions
-    kl_weight = options.kl_weight
-    if isinstance(kl_weight, Tensor) and kl_weight.shape != (num_positions,) and kl_weight.shape == request.shape:
-        kl_weight = kl_weight.reshape(-1)
+    kl_weight, lambda_per = options.kl_weight, options.lambda_per
+    if isinstance(kl_weight, Tensor):
+        per_token = kl_weight.shape != (num_positions,) and kl_weight.shape == request.shape
+        kl_weight, lambda_per = kl_weight.reshape(-1) if per_token else kl_weight, "token" if per_token else "position"
     out = reference.lk_loss(
         rows.draft_logits,
         rows.log_p,
         objective=options.objective,
         eta=options.eta,
         kl_scale=options.kl_scale,
-        lambda_per=options.lambda_per,
+        lambda_per=lambda_per,
         kl_weight=kl_weight,
         weights=rows.weights,
         positions=rows.positions,

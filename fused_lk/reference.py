@@ -113,7 +113,8 @@ def lk_loss(
     """The LK loss of `[N, V_d]` draft logits against `[N, V_d]` target log-probabilities.
 
     `weights` `[N]` (0 = ignored row, whatever it holds) and `positions` `[N]` are per row; `kl_weight` is lambda
-    itself: a float, `[num_positions]` or `[N]`. The options mean what they mean in `fused_lk.lk_loss`.
+    itself: a float, `[num_positions]`, or `[N]` with `lambda_per="token"`. The options mean what they mean in
+    `fused_lk.lk_loss`.
     """
     num_rows = draft_logits.shape[0]
     device = draft_logits.device
@@ -139,7 +140,7 @@ def lk_loss(
         lam = torch.zeros_like(w)
     elif kl_weight is not None:
         given = torch.as_tensor(kl_weight, dtype=acc, device=device)
-        lam = given[k] if given.shape == (num_positions,) else given.expand(num_rows)
+        lam = given.expand(num_rows) if given.ndim == 0 or lambda_per == "token" else given[k]
     elif lambda_per == "position":
         mean_alpha = acceptance_sum / torch.where(weight_sum > 0, weight_sum, 1.0)
         lam = kl_scale * torch.exp(-eta * mean_alpha)[k]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import OBJECTIVES, REDUCTIONS, TARGET_KINDS, assert_outputs_agree, make_problem, primitive_sum
+from problems import (
+    OBJECTIVES,
+    REDUCTIONS,
+    TARGET_KINDS,
+    assert_outputs_agree,
+    make_problem,
+    primitive_sum,
+    weighted_sum,
+)
 
 import fused_lk
 
@@ -170,7 +178,7 @@ def test_more_dimensions_and_strides():
     for given in (hidden, strided, hidden.transpose(0, 1).contiguous().transpose(0, 1)):
         leaf, weight = given.detach().requires_grad_(), columns.detach().requires_grad_()
         out = fused_lk.lk_loss(leaf, weight, flat.target, bias=flat.bias, impl="torch")
-        gradients = torch.autograd.grad(out.loss, [leaf, weight])
+        gradients = torch.autograd.grad(weighted_sum(out), [leaf, weight])
         torch.testing.assert_close(out.loss, oracle.loss, atol=1e-9, rtol=0)
         assert out.token_log_acceptance.shape == (2, 3, 4)
         torch.testing.assert_close(gradients[0].reshape(24, -1), expected[0], atol=1e-9, rtol=0)

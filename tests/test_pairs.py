@@ -105,12 +105,10 @@ def test_layouts(case, max_pairs, max_targets):
         for segment, after in zip(chunk.segments, chunk.segments[1:], strict=False):
             assert segment.stop == after.start
             assert segment.source < after.source
-        for source, start, stop in chunk.segments:
-            rows = [i - source * per_source for i, *_ in got[start:stop]]
+        for segment in chunk.segments:
+            rows = [i - segment.source * per_source for i, *_ in got[segment.start : segment.stop]]
             assert all(0 <= i < per_source for i in rows)
-            first = start - source * per_source
-            where = range(first, first + stop - start) if layout.rows is None else layout.rows[start:stop].tolist()
-            assert rows == list(where)
+            assert torch.arange(per_source)[layout.rows_of(segment)].tolist() == rows
         # the chunk's distinct target rows, and where each pair finds its own among them
         targets = layout.unique_targets if layout.unique_targets is not None else torch.arange(num_rows)
         targets = targets[chunk.targets].tolist()
