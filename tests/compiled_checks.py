@@ -146,7 +146,7 @@ def test_public_calls_do_not_recompile(plan):
 @pytest.mark.parametrize("width", launch.CANDIDATES)
 def test_autotuning_tries_at_most_six_tiles(width):
     tiles = launch.CANDIDATES[width]
-    assert 1 < len(tiles) <= 6
+    assert 1 <= len(tiles) <= 6  # float64 has a single one that stays in registers on every card
     assert len(set(tiles)) == len(tiles)
     assert all(8 <= t.block_v * width // t.threads // 2 <= 32 for t in tiles)
 
