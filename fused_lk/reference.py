@@ -39,16 +39,6 @@ def target_log_probs(
     return on_draft - _safe_logsumexp(over)
 
 
-def topk_log_probs(token_ids: Tensor, log_probs: Tensor, target_ids: Tensor) -> Tensor:
-    """`log p` on the draft vocabulary, `[..., V_d]`, from `k` target ids and their log-probabilities `[..., k]`.
-
-    `target_ids` `[V_d]` are the target ids of the draft tokens; tokens outside the top k get -inf.
-    """
-    found = token_ids.unsqueeze(-2) == target_ids.unsqueeze(-1)  # [..., V_d, k]
-    spread = torch.where(found, promote(log_probs).unsqueeze(-2), NEG_INF)
-    return spread.amax(-1)
-
-
 def divergences(draft_logits: Tensor, log_p: Tensor, draft_temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`(log alpha, KL(pt || q))` per row, `[...]`, differentiable in `draft_logits` by autograd.
 

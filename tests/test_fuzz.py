@@ -10,13 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from fused_lk.kernels import launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_lk import reference, rowwise
 from fused_lk.rowwise import RowStats
-
-launch = pytest.importorskip("fused_lk.kernels.launch")
 
 NAN, NEG_INF = float("nan"), float("-inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

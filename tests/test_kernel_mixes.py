@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_lk.kernels import launch
 
 from fused_lk import rowwise
 from fused_lk.rowwise import RowStats, accumulation_dtype
-
-launch = pytest.importorskip("fused_lk.kernels.launch")
 
 BF16, HALF, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NEG_INF = float("-inf")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_lk.kernels import launch
 
 from fused_lk import rowwise
 from fused_lk.rowwise import RowStats
-
-launch = pytest.importorskip("fused_lk.kernels.launch")
 
 NEG_INF = float("-inf")
 DEVICE = torch.get_default_device().type

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_lk.kernels import launch
 
 from fused_lk import rowwise
 from fused_lk.rowwise import RowStats
-
-launch = pytest.importorskip("fused_lk.kernels.launch")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROW_STRIDE = 2**30 + 64  # elements: the last of three rows starts past 2**31
