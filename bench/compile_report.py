@@ -35,7 +35,7 @@ import triton
 from fused_lk.kernels import launch
 from torch import Tensor
 
-from fused_lk.rowwise import RowStats, accumulation_dtype
+from fused_lk.rows.interface import LogitRows, Normalizer, RowStats, accumulation_dtype
 from fused_lk.workspace import Tile
 
 from . import machine_code, offline
@@ -56,9 +56,9 @@ DTYPES = [
 QUICK = [*DTYPES[:4], (BF16, FP32, BF16), (FP32, FP32, BF16)]
 # By kernel: how many of these it has, and its optional arguments.
 KERNELS = {
-    "lse_argmax": (1, ("lse",)),
+    "lse_argmax": (1, ("mass",)),
     "row_stats": (2, ("index", "normalizer", "target_argmax")),
-    "row_grad": (3, ("index", "normalizer")),
+    "row_grad": (3, ("index",)),
 }
 LAYOUTS = {"aligned": 32000, "ragged": 32003, "unpadded": 32003}
 ROWS = 3
@@ -147,15 +147,15 @@ def launcher(case: Case) -> Callable[[], None]:
     out = RowStats.empty(ROWS + 1, acc, torch.device("cpu"), "target_argmax" in case.options).rows(1, ROWS + 1)
     vector = torch.empty(ROWS, dtype=acc)
     index = torch.zeros(ROWS, dtype=torch.long) if "index" in case.options else None
-    normalizer = vector if "normalizer" in case.options else None
     if case.kernel == "lse_argmax":
-        lse = vector if "lse" in case.options else None
-        return lambda: launch.lse_argmax(logits[0], 1 / 0.7, lse, out.draft_argmax)
+        inside = torch.zeros(size, dtype=torch.bool) if "mass" in case.options else None
+        return lambda: launch.lse_argmax(logits[0], 1 / 0.7, inside, vector, vector, out.draft_argmax)
+    rows = LogitRows(logits[0], logits[1], index, 1 / 0.7, 1.0)
     if case.kernel == "row_stats":
-        return lambda: launch.stats(*logits, index, normalizer, 1 / 0.7, 1.0, out)
-    z, t, gradient = logits
-    into = z if gradient.dtype == z.dtype else gradient
-    return lambda: launch.gradient(z, t, index, normalizer, 1 / 0.7, 1.0, out, vector, vector, into)
+        normalizer = Normalizer(vector, False, 0.01) if "normalizer" in case.options else None
+        return lambda: launch.stats(rows, normalizer, out)
+    into = logits[0] if logits[2].dtype == logits[0].dtype else logits[2]
+    return lambda: launch.gradient(rows, out, vector, vector, into)
 
 
 def compile_case(case: Case, arch: str) -> tuple[Any, float]:
@@ -216,12 +216,14 @@ def breaches(
     ttir = kernel.asm["ttir"]
     if (unasked := code.fused - _explicit_fused(ttir)) > 0:
         yield f"fused: {unasked} multiply-adds"
+    read = (*case.dtypes[:2], torch.bool) if "mass" in case.options else case.dtypes[:2]
     for what, op, counts, dtypes in (
-        ("loads", "load", code.loads, case.dtypes[:2]),
+        ("loads", "load", code.loads, read),
         ("stores", "store", code.stores, case.dtypes[2:]),
     ):
         tiles, scalars = memory_sites(ttir, op)
-        # A thread has as many elements of each tensor: beside float64, 64 bits of bfloat16 are all there is of it.
+        # A thread has as many elements of each tensor: beside float64, 64 bits of bfloat16 are all there is of it; and
+        # the mark of a column is a byte.
         least_bits = min([128, *(8 * x.itemsize * elements for x in dtypes)])
         narrow = sum(n for bits, n in counts.items() if bits < least_bits)
         wide = counts.total() - narrow

@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from . import chunked, plan
 from .chunked import Draft, Work
+from .target_tiles import owned
 from .draft import LinearDraft, LogitsDraft, times
-from .objective import MixRule, coefficients, token_loss
-from .rowwise import RowStats
+from .objective import MixRule, coefficients, token_loss, weighted
+from .rows.interface import NUM_SAVED, RowStats
 
 
 class DraftTensors(NamedTuple):
@@ -36,13 +37,13 @@ class PairResults(NamedTuple):
 
     log_acceptance: Tensor
     kl: Tensor
-    target_lse: Tensor
+    supported: Tensor
     draft_argmax: Tensor
     target_argmax: Tensor | None
 
     @classmethod
     def of(cls, stats: RowStats) -> PairResults:
-        return cls(stats.log_acceptance, stats.kl, stats.target_lse, stats.draft_argmax, stats.target_argmax)
+        return cls(stats.log_acceptance, stats.kl, stats.supported, stats.draft_argmax, stats.target_argmax)
 
 
 def divergences(work: Work, layout: DraftTensors, tensors: Sequence[Tensor]) -> PairResults:
@@ -70,15 +71,15 @@ def divergence_gradients(
     """Gradients of `sum d_log_alpha * log alpha + d_kl * KL`, in the tensors' shapes; None where not needed."""
     if (d_log_alpha is None and d_kl is None) or work.layout.num_pairs == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=True)]
-    supported = stats.target_lse > float("-inf")
-    zero = torch.zeros_like(stats.kl)
+    supported = stats.supported
+    zero = torch.zeros_like(stats.log_acceptance)
     d_log_alpha = zero if d_log_alpha is None else torch.where(supported, d_log_alpha, 0)
     d_kl = zero if d_kl is None else torch.where(supported, d_kl, 0)
     scale = near_unit_scale(d_log_alpha, d_kl)
     draft = layout.build(tensors)
     needs_weight = layout.linear and needs[layout.num_sources]
     arguments = (needs, stats, d_log_alpha / scale, d_kl / scale, scale)
-    with torch.autocast(stats.kl.device.type, enabled=False):  # wherever the caller runs its backward
+    with torch.autocast(stats.log_acceptance.device.type, enabled=False):  # wherever the caller runs its backward
         if isinstance(draft, LinearDraft) and plan.walks_by_vocabulary(
             draft.vocab_size, work.layout.num_pairs, needs_weight
         ):
@@ -112,11 +113,11 @@ def one_pass(
     def of_rows(start: int, stop: int, stats: RowStats) -> tuple[Tensor, Tensor]:
         d_log_alpha, d_kl = coefficients(mix_of(start, stop, stats.log_acceptance), stats.log_acceptance)
         c = near_unit[start:stop]
-        return torch.where(c > 0, c * d_log_alpha, 0), c * d_kl
+        return weighted(c, d_log_alpha), weighted(c, d_kl)
 
     stats, held = chunked.one_pass(work, layout.build(tensors), needs, of_rows)
     mix = mix_of(0, weights.shape[0], stats.log_acceptance)
-    loss = (weights * token_loss(mix, stats.log_acceptance, stats.kl)).sum()
+    loss = weighted(weights, token_loss(mix, stats.log_acceptance, stats.kl, stats.supported)).sum()
     return OnePass(loss, stats, scale, held)
 
 
@@ -149,12 +150,12 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Work, layout: DraftTensors, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         stats = chunked.statistics(work, layout.build(tensors))
-        ctx.work, ctx.layout = work, layout
         ctx.set_materialize_grads(False)
-        # The target is saved only to be told of changes in place between forward and backward. Tensors of inference
-        # mode, which target models run in, keep no count of changes and cannot be saved.
-        of_target = (x for x in work.target.tiles.tensors() if not x.is_inference())
-        ctx.save_for_backward(*tensors, *stats[:5], *of_target)
+        if any(ctx.needs_input_grad):
+            ctx.work, ctx.layout = work.owned(), layout
+            # The target is saved to be told of changes in place between forward and backward.
+            of_target = ctx.work.target.tiles.tensors()
+            ctx.save_for_backward(*(owned(x) for x in tensors), *stats.saved(), *of_target)
         results = PairResults.of(stats)
         ctx.mark_non_differentiable(*(x for x in results[2:] if x is not None))
         return tuple(results)
@@ -164,7 +165,7 @@ class _Divergences(torch.autograd.Function):
     def backward(ctx: Any, d_log_alpha: Tensor | None, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
         saved = ctx.saved_tensors  # once: under activation checkpointing each look unpacks anew
-        tensors, stats = saved[: len(needs)], RowStats.without_argmax(saved[len(needs) :][:5])
+        tensors, stats = saved[: len(needs)], RowStats.of_saved(saved[len(needs) :][:NUM_SAVED])
         gradients = divergence_gradients(ctx.work, ctx.layout, tensors, needs, stats, d_log_alpha, d_kl)
         return None, None, *gradients
 

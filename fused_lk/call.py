@@ -15,7 +15,7 @@ from .autocast import compute_dtype
 from .autograd import DraftTensors
 from .chunked import Work
 from .pairs import Pairs
-from .rowwise import IMPLS, row_ops
+from .rows.interface import IMPLS, row_ops
 from .target import Target
 
 # The options of a call that are not tensors, and how each is checked.

@@ -15,17 +15,17 @@ Nothing here knows what the gradient is for: coefficients per pair come from out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import gemm, plan
+from . import gemm, plan, validation
 from .draft import LinearDraft, LinearGradients, LogitsDraft, LogitsGradients, times
 from .layout import Chunk, Layout
 from .pairs import Pairs
-from .rowwise import Coefficients, RowStats, accumulation_dtype
+from .rows.interface import Coefficients, LogitRows, Normalizer, RowStats, accumulation_dtype
 from .target import Target
 from .workspace import Tile
 
@@ -44,6 +44,10 @@ class Work:
     budget: int | None
     wants_target_argmax: bool
 
+    def owned(self) -> Work:
+        """This work against a target of which every tensor counts its changes in place; see `target_tiles.owned`."""
+        return replace(self, target=self.target.owned())
+
     def accumulator(self, draft: Draft) -> torch.dtype:
         """float32, or float64 where either side is."""
         return torch.promote_types(accumulation_dtype(draft.sources[0]), self.target.dtype)
@@ -51,13 +55,19 @@ class Work:
     def tile_costs(self, draft: Draft) -> plan.TileCosts:
         return tile_costs(draft, self.target, self.layout)
 
-    def pair_normalizer(self) -> Tensor | None:
-        """The target's log-normaliser per pair."""
+    def pair_normalizer(self) -> Normalizer | None:
+        """The target's normaliser per pair."""
         normalizer = self.target.walk_normalizer()
         if normalizer is None:
             return None
-        normalizer = self.layout.of_target(normalizer)
-        return normalizer if self.layout.valid is None else torch.where(self.layout.valid, normalizer, 0)
+        value = self.layout.of_target(normalizer.value)
+        if self.layout.valid is not None:
+            value = torch.where(self.layout.valid, value, 0)
+        return normalizer._replace(value=value)
+
+    def rows(self, z: Tensor, t: Tensor, t_index: Tensor | None, first_column: int = 0) -> LogitRows:
+        """The tiles `z` and `t` as the row operations read them."""
+        return LogitRows(z, t, t_index, self.draft_scale, self.target_scale, first_column)
 
 
 def tile_costs(draft: Draft, target: Target, layout: Layout | Pairs) -> plan.TileCosts:
@@ -90,22 +100,21 @@ class _Tiles:
         return cls(work, draft, rows, targets, draft.vocab_size)
 
 
-def _walk(work: Work, draft: Draft, tiles: _Tiles) -> Iterator[tuple[Chunk, Tensor, Tensor | None, tuple]]:
-    """Per chunk: `(chunk, z, h, arguments of the row operations)`."""
+def _walk(work: Work, draft: Draft, tiles: _Tiles) -> Iterator[tuple[Chunk, Tensor | None, LogitRows]]:
+    """Per chunk: `(chunk, h, logits)`."""
     columns = slice(0, draft.vocab_size)
-    normalizer = work.pair_normalizer()
     for chunk in work.layout.chunks:
         z, h = draft.fill(work.layout, chunk, columns, tiles.z)
         t, index = work.target.tiles.fill(work.layout, chunk, columns, tiles.t)
-        of_chunk = None if normalizer is None else normalizer[chunk.start : chunk.stop]
-        yield chunk, z, h, (z, t, index, of_chunk, work.draft_scale, work.target_scale)
+        yield chunk, h, work.rows(z, t, index)
 
 
 def statistics(work: Work, draft: Draft) -> RowStats:
     """The statistics of every pair."""
-    out = _empty_stats(work, draft)
-    for chunk, _, _, arguments in _walk(work, draft, _Tiles.by_rows(work, draft)):
-        work.ops.stats(*arguments, out.rows(chunk.start, chunk.stop))
+    out, normalizer = _empty_stats(work, draft), work.pair_normalizer()
+    for chunk, _, rows in _walk(work, draft, _Tiles.by_rows(work, draft)):
+        work.ops.stats(rows, _of_chunk(normalizer, chunk), out.rows(chunk.start, chunk.stop))
+    _check_mass(normalizer, out)
     return out
 
 
@@ -117,15 +126,19 @@ def one_pass(
     `coefficients(start, stop, statistics)` gives (d log alpha, d KL) of pairs start:stop. The gradients are as
     `held` until a scale is known.
     """
-    out = _empty_stats(work, draft)
+    out, normalizer = _empty_stats(work, draft), work.pair_normalizer()
 
-    def write(chunk: Chunk, arguments: tuple, g: Tensor) -> None:
+    def write(chunk: Chunk, rows: LogitRows, g: Tensor) -> None:
         def of_block(start: int, stop: int, stats: RowStats) -> tuple[Tensor, Tensor]:
             return coefficients(chunk.start + start, chunk.start + stop, stats)
 
-        work.ops.stats_and_gradient(*arguments, out.rows(chunk.start, chunk.stop), g, of_block)
+        work.ops.stats_and_gradient(
+            rows, _of_chunk(normalizer, chunk), out.rows(chunk.start, chunk.stop), g, of_block
+        )
 
-    return out, _walk_gradients(work, draft, needs, write).held()
+    held = _walk_gradients(work, draft, needs, write).held()
+    _check_mass(normalizer, out)
+    return out, held
 
 
 def gradients_by_rows(
@@ -133,15 +146,15 @@ def gradients_by_rows(
 ) -> list[Tensor | None]:
     """Gradients, times `scale` `[1]`, of `sum d_log_alpha * log alpha + d_kl * KL`."""
 
-    def write(chunk: Chunk, arguments: tuple, g: Tensor) -> None:
+    def write(chunk: Chunk, rows: LogitRows, g: Tensor) -> None:
         a, b = chunk.start, chunk.stop
-        work.ops.gradient(*arguments, stats.rows(a, b), d_log_alpha[a:b], d_kl[a:b], g)
+        work.ops.gradient(rows, stats.rows(a, b), d_log_alpha[a:b], d_kl[a:b], g)
 
     return _walk_gradients(work, draft, needs, write).scaled(scale)
 
 
 def _walk_gradients(
-    work: Work, draft: Draft, needs: Sequence[bool], write: Callable[[Chunk, tuple, Tensor], None]
+    work: Work, draft: Draft, needs: Sequence[bool], write: Callable[[Chunk, LogitRows, Tensor], None]
 ) -> LinearGradients | LogitsGradients:
     """The gradients of all chunks, where `write` writes the gradient tile of one.
 
@@ -149,9 +162,9 @@ def _walk_gradients(
     """
     gradients = draft.gradients(work.layout, needs)
     tiles = _Tiles.by_rows(work, draft)
-    for chunk, z, h, arguments in _walk(work, draft, tiles):
-        g = gradients.gradient_tile(chunk, z, tiles.gradient)
-        write(chunk, arguments, g)
+    for chunk, h, rows in _walk(work, draft, tiles):
+        g = gradients.gradient_tile(chunk, rows.z, tiles.gradient)
+        write(chunk, rows, g)
         gradients.add(chunk, h, g)
     return gradients
 
@@ -173,9 +186,8 @@ def gradients_by_vocabulary(
     step = plan.by_vocabulary(costs, draft.vocab_size, layout.num_pairs, layout.num_targets, device, work.budget)
     tiles = _Tiles(work, draft, whole.num_pairs, whole.num_targets, step)
     acc = accumulation_dtype(draft.weight)
-    rows = draft.all_rows(layout, whole)
-    normalizer = work.pair_normalizer()
-    d_rows = rows.new_zeros(rows.shape, dtype=acc) if any(needs[:k]) else None
+    hidden = draft.all_rows(layout, whole)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=acc) if any(needs[:k]) else None
     d_weight = torch.empty_like(draft.weight, memory_format=torch.contiguous_format) if needs[k] else None
     d_bias = None
     if draft.bias is not None and needs[k + 1]:
@@ -184,25 +196,43 @@ def gradients_by_vocabulary(
 
     for start in range(0, draft.vocab_size, step):
         columns = slice(start, min(start + step, draft.vocab_size))
-        z, _ = draft.fill(layout, whole, columns, tiles.z, rows)
+        z, _ = draft.fill(layout, whole, columns, tiles.z, hidden)
         t, index = work.target.tiles.fill(layout, whole, columns, tiles.t)
         g = z if tiles.gradient is None else tiles.gradient.view(*z.shape)
-        arguments = (z, t, index, normalizer, work.draft_scale, work.target_scale)
-        work.ops.gradient(*arguments, stats, d_log_alpha, d_kl, g)
+        rows = work.rows(z, t, index, start)
+        work.ops.gradient(rows, stats, d_log_alpha, d_kl, g)
         if d_weight is not None:
             block = d_weight[columns]
             into = block if wide == block.dtype else torch.empty_like(block, dtype=wide)
-            gemm.product_into(into, g.t(), rows)
+            gemm.product_into(into, g.t(), hidden)
             torch.mul(into, scale, out=block)
-        if d_rows is not None:
-            gemm.accumulate(d_rows, g, draft.weight[columns])
+        if d_hidden is not None:
+            gemm.accumulate(d_hidden, g, draft.weight[columns])
         if d_bias is not None:
             d_bias[columns] = g.sum(0, dtype=acc)
-    del tiles, arguments, z, t, g, rows
-    hidden = draft.hidden_gradients(layout, whole, d_rows, scale, needs[:k])
+    del tiles, rows, z, t, g, hidden
+    d_sources = draft.hidden_gradients(layout, whole, d_hidden, scale, needs[:k])
     if d_bias is not None:
         d_bias = times(d_bias, scale, draft.dtype, in_place=True)
-    return [*hidden, d_weight] if draft.bias is None else [*hidden, d_weight, d_bias]
+    return [*d_sources, d_weight] if draft.bias is None else [*d_sources, d_weight, d_bias]
+
+
+def _of_chunk(normalizer: Normalizer | None, chunk: Chunk) -> Normalizer | None:
+    return None if normalizer is None else normalizer._replace(value=normalizer.value[chunk.start : chunk.stop])
+
+
+def _check_mass(normalizer: Normalizer | None, stats: RowStats) -> None:
+    """Refuse a target whose probabilities sum to more than 1; on a device, where reading waits, its rows give NaN."""
+    if normalizer is None or normalizer.is_mass or not validation.checks_contents(stats.log_mass):
+        return
+    excessive = stats.log_mass > normalizer.most_log_mass
+    if bool(excessive.any()):
+        validation.fail(
+            "a target whose probabilities on the draft vocabulary sum to at most 1 in each supervised row",
+            f"{int(excessive.sum())} row(s) with more, up to {stats.log_mass.exp().max():.4g}",
+            "Pass probabilities or log-probabilities, not logits; a log_normalizer must be logsumexp(logits / "
+            "temperature) over the full vocabulary.",
+        )
 
 
 def _empty_stats(work: Work, draft: Draft) -> RowStats:

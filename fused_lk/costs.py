@@ -10,10 +10,11 @@ from functools import cached_property
 
 import torch
 
-from . import gemm, plan, rowwise
+from . import gemm, plan
 from .draft import LinearDraft
 from .layout import Layout
 from .pairs import Pairs
+from .rows.plain import BLOCK_ELEMENTS
 from .workspace import row_stride
 
 TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
@@ -267,7 +268,7 @@ class Costs:
         """Temporaries of the PyTorch row operations; the kernels have none."""
         if self.shape.row_operations == "triton":
             return 0
-        rows = max(1, rowwise.BLOCK_ELEMENTS // columns)
+        rows = max(1, BLOCK_ELEMENTS // columns)
         return _ROW_BUFFERS * rows * columns * self.shape.accumulator.itemsize
 
     def _scratch(self, m: int, k: int, n: int) -> int:

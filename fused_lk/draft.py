@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gemm
 from .layout import Chunk, Layout
-from .rowwise import accumulation_dtype
+from .rows.interface import accumulation_dtype
 from .workspace import Tile
 
 

@@ -16,9 +16,9 @@ class Divergences:
 
     Attributes:
         log_acceptance: log alpha, fp32 (fp64 for fp64 inputs), differentiable; 0 on ignored rows, -inf where the
-            target has no mass on the draft vocabulary.
-        kl: KL(pt || q) in nats, likewise; 0 on both.
-        acceptance: alpha in [0, 1], differentiable; 0 on both.
+            target has no mass on the draft vocabulary, and where the draft excludes all that the target may say.
+        kl: KL(pt || q) in nats, likewise; 0, 0 and inf there.
+        acceptance: alpha in [0, 1], differentiable; 0 on all three.
         draft_token_ids: int64, the draft's argmax as target ids; 0 on ignored rows.
     """
 

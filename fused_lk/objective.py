@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 OBJECTIVES = ("kl", "tv", "alpha", "lambda")
-NEG_INF = float("-inf")
 
 
 class Mix(NamedTuple):
@@ -64,18 +63,29 @@ class MixRule:
         return blend(adaptive_kl_weight(log_acceptance.exp(), self.eta, self.kl_scale))
 
 
-def token_loss(mix: Mix, log_acceptance: Tensor, kl: Tensor) -> Tensor:
-    """The loss per token; 0 where the target has no mass on the draft vocabulary."""
-    supported = log_acceptance > NEG_INF
+def token_loss(mix: Mix, log_acceptance: Tensor, kl: Tensor, supported: Tensor) -> Tensor:
+    """The loss per token; 0 where the target has no mass on the draft vocabulary (`supported` is False)."""
     log_acceptance = torch.where(supported, log_acceptance, 0.0)
-    loss = mix.tv * -torch.expm1(log_acceptance) - mix.nla * log_acceptance
-    if isinstance(mix.kl, Tensor) or mix.kl != 0:  # KL is infinite where the draft excludes what the target may say
-        loss = loss + mix.kl * kl
+    # log alpha and KL are infinite where the draft excludes what the target may say, and 0 * inf is NaN.
+    loss = weighted(mix.tv, total_variation(log_acceptance)) + weighted(mix.kl, kl) - weighted(mix.nla, log_acceptance)
     return torch.where(supported, loss, 0.0)
 
 
+def total_variation(log_acceptance: Tensor) -> Tensor:
+    """1 - alpha, with all its digits where alpha is near 1, and all the digits of its gradient where alpha is near 0
+    (the derivative of expm1 is taken as expm1 + 1)."""
+    near_one = log_acceptance > -0.5
+    return torch.where(near_one, -torch.expm1(log_acceptance), 1 - log_acceptance.exp())
+
+
+def weighted(weight: float | Tensor, x: Tensor) -> Tensor:
+    """`weight * x`, 0 where the weight is 0, whatever x holds; NaN where the weight is."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, weight * x)
+    return weight * x if weight != 0 else torch.zeros_like(x)
+
+
 def coefficients(mix: Mix, log_acceptance: Tensor) -> tuple[Tensor, Tensor]:
-    """`(d loss / d log alpha, d loss / d KL)` per token; 0 where `token_loss` is."""
-    supported = log_acceptance > NEG_INF
-    d_log_alpha = torch.where(supported, -(mix.tv * log_acceptance.exp() + mix.nla), 0.0)
-    return d_log_alpha, torch.where(supported, mix.kl, torch.zeros_like(d_log_alpha))
+    """`(d loss / d log alpha, d loss / d KL)` per token. (Row gradients of unsupported rows are 0 whatever these are.)"""
+    d_log_alpha = -(mix.tv * log_acceptance.exp() + mix.nla)
+    return d_log_alpha, mix.kl + torch.zeros_like(d_log_alpha)

@@ -25,15 +25,15 @@ from .layout import Layout
 from .objective import MixRule
 from .opaque import opaque
 from .pairs import Pairs
-from .rowwise import RowStats, accumulation_dtype
+from .rows.interface import NUM_SAVED, Normalizer, RowStats, accumulation_dtype
 from .target import Target
 
 _CALL = (
     "Tensor[] draft, int num_sources, bool linear, ScalarType? logits_dtype, float draft_temperature, Tensor[] target, "
-    "str target_kind, float target_temperature, Tensor? log_normalizer, bool wants_target_argmax, Tensor? valid, "
+    "str target_kind, float target_temperature, Tensor? normalizer, bool normalizer_is_mass, float most_log_mass, "
+    "bool wants_target_argmax, Tensor? valid, "
     "Tensor? target_rows, bool skip_masked, str impl, int? budget"
 )
-_STATS = "Tensor draft_lse, Tensor target_lse, Tensor log_acceptance, Tensor sigma, Tensor kl"
 
 
 class FlatCall(NamedTuple):
@@ -47,7 +47,9 @@ class FlatCall(NamedTuple):
     target: Sequence[Tensor]
     target_kind: str
     target_temperature: float
-    log_normalizer: Tensor | None
+    normalizer: Tensor | None
+    normalizer_is_mass: bool
+    most_log_mass: float
     wants_target_argmax: bool
     valid: Tensor | None
     target_rows: Tensor | None
@@ -59,9 +61,10 @@ class FlatCall(NamedTuple):
     def of(cls, call: Call, layout: Layout, wants_target_argmax: bool) -> FlatCall:
         sources = [x.reshape(-1, x.shape[-1]) for x in call.tensors[: call.draft.num_sources]]
         target = call.target
+        normalizer = target.walk_normalizer() or Normalizer(None, False, 0.0)
         return cls(
             [*sources, *call.tensors[call.draft.num_sources :]], *call.draft, call.draft_temperature,
-            list(target.tiles.tensors()), target.tiles.kind, target.temperature, target.walk_normalizer(),
+            list(target.tiles.tensors()), target.tiles.kind, target.temperature, *normalizer,
             wants_target_argmax, layout.valid, layout.target_rows, call.pairs.skip_masked, call.impl, call.budget,
         )  # fmt: skip
 
@@ -76,8 +79,9 @@ class FlatCall(NamedTuple):
     def work(self, needs_weight: bool, *, in_one_pass: bool = False) -> Work:
         vocab_size = self.draft[self.num_sources].shape[0] if self.linear else self.draft[0].shape[1]
         tiles = target_tiles.rebuild(self.target_kind, self.target, vocab_size)
-        target = Target(tiles, (tiles.num_rows,), None, self.target_temperature, self.log_normalizer is None)
-        target._log_normalizer = self.log_normalizer
+        target = Target(tiles, (tiles.num_rows,), None, self.target_temperature)
+        if self.normalizer is not None:
+            target._normalizer = Normalizer(self.normalizer, self.normalizer_is_mass, self.most_log_mass)
         pairs = Pairs(self.valid, self.target_rows, skip_masked=self.skip_masked)
         pairs.check_target(self.num_rows, tiles.num_rows, None)
         shape, temperature = (self.num_rows,), self.draft_temperature
@@ -86,10 +90,10 @@ class FlatCall(NamedTuple):
 
     def empty_stats(self) -> list[Tensor]:
         """Unwritten results per row, for tracing."""
-        like, n = self.draft[0], self.num_rows
+        like = self.draft[0]
         acc = torch.promote_types(accumulation_dtype(like), accumulation_dtype(self.target[0]))
-        floats = [like.new_empty(n, dtype=acc) for _ in range(5)]
-        return [*floats, *(like.new_empty(n, dtype=torch.long) for _ in range(1 + self.wants_target_argmax))]
+        stats = RowStats.empty(self.num_rows, acc, like.device, self.wants_target_argmax)
+        return [x for x in stats if x is not None]
 
 
 class Traced:
@@ -124,18 +128,16 @@ def _(*arguments: Any) -> list[Tensor]:
     return FlatCall(*arguments).empty_stats()
 
 
-@opaque(f"({_CALL}, {_STATS}, Tensor d_log_acceptance, Tensor d_kl, bool[] needs) -> Tensor[]")
+@opaque(f"({_CALL}, Tensor[] saved, Tensor d_log_acceptance, Tensor d_kl, bool[] needs) -> Tensor[]")
 def row_gradients(*arguments: Any) -> list[Tensor]:
-    """The gradients of the draft's tensors that `needs` names."""
-    *call, draft_lse, target_lse, log_acceptance, sigma, kl, d_log_acceptance, d_kl, needs = arguments
+    """The gradients of the draft's tensors that `needs` names; `saved` are the statistics of that name."""
+    *call, saved, d_log_acceptance, d_kl, needs = arguments
     flat = FlatCall(*call)
     needs_weight = flat.linear and needs[flat.num_sources]
     work = flat.work(needs_weight)
-    per_row = (draft_lse, target_lse, log_acceptance, sigma, kl, d_log_acceptance, d_kl)
-    *stats, d_log_acceptance, d_kl = (work.layout.per_pair(x) for x in per_row)
-    gradients = autograd.divergence_gradients(
-        work, flat.layout, flat.draft, needs, RowStats.without_argmax(stats), d_log_acceptance, d_kl
-    )
+    stats = RowStats.of_saved(tuple(work.layout.per_pair(x) for x in saved))
+    d_log_acceptance, d_kl = (work.layout.per_pair(x) for x in (d_log_acceptance, d_kl))
+    gradients = autograd.divergence_gradients(work, flat.layout, flat.draft, needs, stats, d_log_acceptance, d_kl)
     return [x for x in gradients if x is not None]
 
 
@@ -180,21 +182,21 @@ def _per_row(layout: Layout, stats: RowStats, num_rows: int) -> list[Tensor]:
 
 def _save_divergences(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     flat = FlatCall(*inputs)
-    ctx.mark_non_differentiable(*output[:2], output[3], *output[5:])
-    ctx.save_for_backward(*flat.draft, *flat.target, flat.log_normalizer, flat.valid, flat.target_rows, *output[:5])
+    differentiable = [RowStats._fields.index(name) for name in ("log_acceptance", "kl")]
+    ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in differentiable))
+    ctx.save_for_backward(*flat.draft, *flat.target, flat.valid, flat.target_rows, *output[:NUM_SAVED])
     ctx.num_draft, ctx.num_target = len(flat.draft), len(flat.target)
-    ctx.flat = flat._replace(draft=(), target=(), log_normalizer=None, valid=None, target_rows=None)
+    ctx.flat = flat._replace(draft=(), target=(), normalizer=None, valid=None, target_rows=None)
 
 
 def _divergences_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     draft, saved = saved[: ctx.num_draft], saved[ctx.num_draft :]
-    target, (normalizer, valid, target_rows, *stats) = saved[: ctx.num_target], saved[ctx.num_target :]
-    flat = ctx.flat._replace(
-        draft=draft, target=target, log_normalizer=normalizer, valid=valid, target_rows=target_rows
-    )
+    target, (valid, target_rows, *stats) = saved[: ctx.num_target], saved[ctx.num_target :]
+    flat = ctx.flat._replace(draft=draft, target=target, valid=valid, target_rows=target_rows)
     needs = list(ctx.needs_input_grad[0])
-    made = row_gradients.operator(*flat, *stats, gradients[2], gradients[4], needs)
+    d_log_acceptance, d_kl = (gradients[RowStats._fields.index(name)] for name in ("log_acceptance", "kl"))
+    made = row_gradients.operator(*flat, stats, d_log_acceptance, d_kl, needs)
     return _to_inputs(made, needs, flat.target, len(FlatCall._fields))
 
 

@@ -309,7 +309,7 @@ class Pairs:
                     f"{num_targets} target rows",
                     "Pass target_rows: for each draft row, the row of the flattened target.",
                 )
-            used = np.arange(0 if computed is None else num_rows)
+            used = np.arange(0 if computed is None or self.valid is not None else num_rows)
         elif not self.skip_masked or self.num_pairs == 0 or torch.compiler.is_compiling():
             return
         else:

@@ -10,9 +10,9 @@ from .autograd import PairResults
 from .call import Call
 from .engine import engine
 from .metrics import LKOutput, position_sums, ratio
-from .objective import FIXED, NEG_INF, MixRule, adaptive_kl_weight, token_loss
+from .objective import FIXED, MixRule, adaptive_kl_weight, token_loss, weighted
 from .options import LossOptions, per_position
-from .rowwise import accumulation_dtype
+from .rows.interface import accumulation_dtype
 
 
 class Reduction:
@@ -27,11 +27,12 @@ class Reduction:
         acc = torch.promote_types(accumulation_dtype(request.tensors[0]), request.target.dtype)
         ones = torch.ones(layout.num_pairs, dtype=acc, device=request.device)
         self.weights = ones if layout.weights is None else layout.weights.to(acc)
-        self.weight_sum = self.sums(self.weights)
+        self.weight_sum = self.sums(ones)
         self.kl_weight = None if options.kl_weight is None else self._given_kl_weight(options.kl_weight)
 
     def sums(self, x: Tensor) -> Tensor:
-        return position_sums(x, self.layout.positions, self.num_positions)
+        """`[K]`, the weighted sums of `x` by position; ignored rows count nothing, whatever they hold."""
+        return position_sums(weighted(self.weights, x), self.layout.positions, self.num_positions)
 
     def of_pair(self, x: Tensor) -> Tensor:
         """`x` `[K]`, per position, as `[P]`, per pair."""
@@ -44,7 +45,7 @@ class Reduction:
             return self._output(loss, pairs, self._kl_weights(pairs.log_acceptance))
         pairs = self.engine.divergences()
         kl_weight = self._kl_weights(pairs.log_acceptance.detach())
-        per_pair = token_loss(self.options.mix(kl_weight), pairs.log_acceptance, pairs.kl)
+        per_pair = token_loss(self.options.mix(kl_weight), pairs.log_acceptance, pairs.kl, pairs.supported)
         return self._output(self._reduce(per_pair), pairs, kl_weight)
 
     def _given_kl_weight(self, given: float | Tensor) -> Tensor:
@@ -82,16 +83,16 @@ class Reduction:
             return self.kl_weight
         acceptance = log_acceptance.exp()
         if self.options.waits_for_batch:
-            acceptance = self.of_pair(ratio(self.sums(self.weights * acceptance), self.weight_sum))
+            acceptance = self.of_pair(ratio(self.sums(acceptance), self.weight_sum))
         return adaptive_kl_weight(acceptance, self.options.eta, self.options.kl_scale)
 
     def _reduce(self, per_pair: Tensor) -> Tensor:
         if self.options.reduction in ("mean", "sum"):  # a number per pair is held, not one per pair and position
-            return (self._coefficients() * per_pair).sum()
-        weighted = self.weights * per_pair
+            return weighted(self._coefficients(), per_pair).sum()
         if self.options.reduction == "none":
-            return self.layout.per_row(weighted, self.request.num_rows).view(self.request.shape)
-        return self._divide(self.sums(weighted))
+            per_row = self.layout.per_row(weighted(self.weights, per_pair), self.request.num_rows)
+            return per_row.view(self.request.shape)
+        return self._divide(self.sums(per_pair))
 
     def _output(self, loss: Tensor, pairs: PairResults, kl_weight: Tensor | None) -> LKOutput:
         layout, target = self.layout, self.request.target
@@ -99,7 +100,7 @@ class Reduction:
         draft_ids = target.to_target_ids(pairs.draft_argmax)
         target_ids = target.argmax_of(layout, pairs.target_argmax)
         w = self.weights
-        correct = torch.full_like(w, float("nan")) if target_ids is None else w * (draft_ids == target_ids)
+        correct = torch.full_like(w, float("nan")) if target_ids is None else (draft_ids == target_ids).to(w)
         lam = FIXED[self.options.objective].kl if kl_weight is None else kl_weight
         supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
 
@@ -108,13 +109,13 @@ class Reduction:
 
         return LKOutput(
             loss=loss,
-            acceptance_sum=self.sums(w * log_acceptance.exp()),
+            acceptance_sum=self.sums(log_acceptance.exp()),
             accuracy_sum=self.sums(correct),
-            kl_sum=self.sums(w * kl),
+            kl_sum=self.sums(kl),
             weight_sum=self.weight_sum,
-            kl_weight=ratio(self.sums(w * lam), self.weight_sum),
-            num_tokens=self.sums(supervised.long()),
-            num_unsupported=(supervised & (log_acceptance == NEG_INF)).sum(),
+            kl_weight=ratio(self.sums(lam + torch.zeros_like(w)), self.weight_sum),
+            num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),
+            num_unsupported=(supervised & ~pairs.supported).sum(),
             token_log_acceptance=per_row(log_acceptance),
             draft_token_ids=per_row(draft_ids),
             loss_is_per_position=self.options.reduction == "position",

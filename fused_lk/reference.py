@@ -42,20 +42,27 @@ def target_log_probs(
 def divergences(draft_logits: Tensor, log_p: Tensor, draft_temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`(log alpha, KL(pt || q))` per row, `[...]`, differentiable in `draft_logits` by autograd.
 
-    Rows whose target has no mass on the draft vocabulary give `(-inf, 0)` and no gradient.
+    Rows whose target has no mass on the draft vocabulary give `(-inf, 0)` and no gradient. A draft that excludes all
+    that the target may say gives `(-inf, inf)`; log alpha has no gradient there.
     """
     log_p = promote(log_p).detach()
     log_q = F.log_softmax(promote(draft_logits) / draft_temperature, dim=-1)
-    supported = (log_p > NEG_INF).any(-1, keepdim=True)
-    log_p_safe = torch.where(supported, log_p, 0.0)
-    log_pt = log_p_safe - log_p_safe.logsumexp(-1, keepdim=True)
+    supported = has_mass(log_p)
+    log_p_safe = torch.where(supported.unsqueeze(-1), log_p, 0.0)
+    log_pt = F.log_softmax(log_p_safe, -1)
 
-    log_alpha = torch.minimum(log_q, log_p_safe).logsumexp(-1)
-    in_support = log_pt > NEG_INF
+    smaller = torch.minimum(log_q, log_p_safe)
+    in_common = (smaller != NEG_INF).any(-1)  # else alpha is 0: a logsumexp of -inf alone has a NaN gradient
+    log_alpha = torch.where(in_common.unsqueeze(-1), smaller, 0.0).logsumexp(-1)
+    in_support = log_pt != NEG_INF
     surprise = torch.where(in_support, log_pt, 0.0) - torch.where(in_support, log_q, 0.0)
     kl = (log_pt.exp() * surprise).sum(-1)
-    supported = supported.squeeze(-1)
-    return torch.where(supported, log_alpha, NEG_INF), torch.where(supported, kl, 0.0)
+    return torch.where(supported & in_common, log_alpha, NEG_INF), torch.where(supported, kl, 0.0)
+
+
+def has_mass(log_p: Tensor) -> Tensor:
+    """Whether each row's target has any mass on the draft vocabulary, bool `[...]`; True for NaN."""
+    return (log_p != NEG_INF).any(-1)
 
 
 def masked_divergences(
@@ -114,11 +121,12 @@ def lk_loss(
     kept = w > 0
 
     log_alpha, kl = masked_divergences(draft_logits, log_p, kept, draft_temperature)
-    counts = kept & (log_alpha > NEG_INF)  # supervised, and the target has an answer
+    counts = kept & has_mass(log_p)  # supervised, and the target has an answer
     log_alpha_safe = torch.where(counts, log_alpha, 0.0)
     alpha = torch.where(counts, log_alpha_safe.exp(), 0.0)
 
     def per_position(x: Tensor) -> Tensor:
+        x = torch.where(kept, x, 0)  # KL may be infinite
         return torch.stack([torch.where(k == i, x, 0).sum() for i in range(num_positions)])
 
     weight_sum = per_position(w)
@@ -137,7 +145,7 @@ def lk_loss(
     else:
         lam = kl_scale * torch.exp(-eta * alpha.detach())
 
-    kl_term = torch.where(lam > 0, lam * kl, 0.0)  # KL is infinite where q excludes what p may say
+    kl_term = torch.where(lam == 0, 0.0, lam * kl)  # KL is infinite where q excludes what p may say
     token_loss = -log_alpha_safe if objective == "alpha" else kl_term + (1 - lam) * (1 - alpha)
     token_loss = torch.where(counts, w * token_loss, 0.0)
 

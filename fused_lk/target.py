@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from . import plan, target_pass, validation
 from .autocast import compute_dtype
 from .head import TargetHead, check_is_vocab, check_vocab
 from .layout import Layout
-from .rowwise import IMPLS
+from .rows.interface import IMPLS, Normalizer
 from .target_tiles import ExactHiddenTiles, HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
 from .vocab import DraftVocab
 
@@ -46,10 +48,13 @@ class Target:
         self.temperature = validation.number("temperature", temperature, above=0)
         self.renormalize = bool(renormalize)
         self.computed: np.ndarray | None = None  # host bool [num_tokens]: the rows that `mask` left in; None: all
-        self._log_normalizer: Tensor | None = None  # flat, as is _token_ids
+        # What a walk takes, flat. None: p is the softmax of the tile; the argmax is not known, or that of the tile.
+        self._normalizer: Normalizer | None = None
         self._token_ids: Tensor | None = None
-        # Finds both, where the argmax is that of the tile, so that a walk over the tiles may find it first.
-        self._find: Callable[[], tuple[Tensor, ...]] | None = None
+        # `(log_normalizer, argmax)`, as read by a caller who asks for attributes. Walks never look at what it found:
+        # a loss must not depend on whether somebody looked.
+        self._find: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -139,24 +144,24 @@ class Target:
             validation.shape("mask", mask, target.shape, "one per row of hidden")
             validation.same_device(hidden.device, mask=mask)
             flat_mask = mask.reshape(-1)
+            if not torch.compiler.is_compiling():
+                target.computed = flat_mask.cpu().numpy().copy()
         budget = plan.workspace_bytes(workspace_mb)
-        ids, scale = None if head.vocab is None else head.vocab.target_ids, 1.0 / target.temperature
+        t2d, ids = (None, None) if head.vocab is None else (head.vocab.t2d, head.vocab.target_ids)
+        scale = 1.0 / target.temperature
         # A partial, not a closure: it is pickled and copied with the target.
         over_full_vocabulary = functools.partial(
-            target_pass.over_hidden, rows, head.weight, head.bias, flat_mask, ids, cache, scale, impl, budget, exact
+            target_pass.over_hidden, rows, head.weight, head.bias, flat_mask, t2d, ids, scale, impl, budget, exact
         )
 
-        known = target._log_normalizer is not None or (renormalize and token_ids is not None)
+        known = log_normalizer is not None or (renormalize and token_ids is not None)
         if cache or (head.vocab is not None and not known):
-            normalizer, argmax, cached = over_full_vocabulary()
-            target._log_normalizer = normalizer if target._log_normalizer is None else target._log_normalizer
-            target._token_ids = argmax if target._token_ids is None else target._token_ids
+            found, log_mass, cached = over_full_vocabulary(cache)
+            target._knows(found, log_mass if head.vocab is not None else None)
             if cache:
                 target.tiles = LogitsTiles(cached)
-            if flat_mask is not None and not torch.compiler.is_compiling():
-                target.computed = flat_mask.cpu().numpy()
         elif head.vocab is None or token_ids is not None:
-            target._find = over_full_vocabulary
+            target._find = functools.partial(_first, over_full_vocabulary, False)
         return target
 
     @staticmethod
@@ -180,11 +185,12 @@ class Target:
         rows = logits.detach().reshape(-1, logits.shape[-1])
         tiles = LogitsTiles(rows, None if vocab is None else vocab.target_ids)
         target = Target(tiles, logits.shape[:-1], vocab, temperature, renormalize)
-        over_full_vocabulary = functools.partial(target_pass.over_logits, rows, 1.0 / target.temperature, impl)
+        t2d = None if vocab is None else vocab.t2d
+        over_full_vocabulary = functools.partial(target_pass.over_logits, rows, t2d, 1.0 / target.temperature, impl)
         if vocab is None:
-            target._find = over_full_vocabulary
+            target._find = functools.partial(_first, over_full_vocabulary)
         else:
-            target._log_normalizer, target._token_ids = over_full_vocabulary()
+            target._knows(*over_full_vocabulary())
         return target
 
     @staticmethod
@@ -215,7 +221,7 @@ class Target:
         vocab = None if vocab is None else vocab.to(probs.device)
         target = Target(tiles, probs.shape[:-1], vocab, renormalize=renormalize)
         normalizer = tiles.probs.new_zeros(target.num_tokens, dtype=tiles.dtype)
-        target._log_normalizer = normalizer
+        target._normalizer = Normalizer(normalizer, False, _EXCESS)
         target._given(None, token_ids)
         target._find = functools.partial(_argmax_of_probs, normalizer, tiles.probs, vocab)
         return target
@@ -260,22 +266,22 @@ class Target:
         draft_ids = ids if draft_vocab is None else draft_vocab.draft_ids[ids]
         tiles = TopKTiles(rows, draft_ids, vocab if isinstance(vocab, int) else vocab.draft_size)
         target = Target(tiles, token_ids.shape[:-1], draft_vocab, renormalize=renormalize)
-        target._log_normalizer = rows.new_zeros(target.num_tokens, dtype=tiles.dtype)
+        normalizer = rows.new_zeros(target.num_tokens, dtype=tiles.dtype)
+        target._normalizer = Normalizer(normalizer, False, _EXCESS)
         target._token_ids = ids.gather(1, rows.argmax(1, keepdim=True)).squeeze(1)
         return target
 
     @property
     def log_normalizer(self) -> Tensor:
-        if self._log_normalizer is None:
-            self._look()
-        assert self._log_normalizer is not None
-        return self._log_normalizer.view(self.shape)
+        if self._normalizer is not None and not self._normalizer.is_mass:
+            return self._normalizer.value.view(self.shape)
+        return self._look()[0].view(self.shape)
 
     @property
     def token_ids(self) -> Tensor | None:
-        if self._token_ids is None and self._find is not None:
-            self._look()
-        return None if self._token_ids is None else self._token_ids.view(self.shape)
+        if self._token_ids is not None:
+            return self._token_ids.view(self.shape)
+        return None if self._find is None else self._look()[1].view(self.shape)
 
     @property
     def in_draft_vocab(self) -> Tensor | None:
@@ -291,8 +297,17 @@ class Target:
     def dense_log_probs(self) -> Tensor:
         """`log p` on the draft vocabulary, `[num_tokens, V_draft]`: full size, for the reference alone."""
         logits = self.tiles.dense() / self.temperature
-        normalizer = logits.logsumexp(-1) if self.renormalize else self.log_normalizer.reshape(-1)
-        return logits - torch.where(normalizer == NEG_INF, 0.0, normalizer).unsqueeze(-1)
+        supported = (logits != NEG_INF).any(-1)
+        log_pt = torch.where(supported.unsqueeze(-1), logits.log_softmax(-1), NEG_INF)
+        normalizer = self.walk_normalizer()
+        if normalizer is None:
+            return log_pt
+        log_mass = normalizer.value.to(logits)
+        if not normalizer.is_mass:
+            log_mass = logits.logsumexp(-1) - log_mass
+        log_mass = torch.where(supported, log_mass, 0.0)
+        log_mass = torch.where(log_mass > normalizer.most_log_mass, float("nan"), log_mass)
+        return log_pt + log_mass.unsqueeze(-1)
 
     # What the loss uses.
 
@@ -307,15 +322,32 @@ class Target:
             return self.to_target_ids(in_tiles)
         return None if self._token_ids is None else layout.of_target(self._token_ids)
 
-    def walk_normalizer(self) -> Tensor | None:
-        """`[num_tokens]`, or None where the normaliser is the tile's own logsumexp."""
-        return None if self.renormalize else self._log_normalizer
+    def walk_normalizer(self) -> Normalizer | None:
+        """Of `[num_tokens]` rows, or None where p is the softmax of the tile."""
+        return None if self.renormalize else self._normalizer
 
-    def _look(self) -> None:
-        assert self._find is not None
-        normalizer, argmax, *_ = self._find()
-        self._log_normalizer = normalizer if self._log_normalizer is None else self._log_normalizer
-        self._token_ids = argmax if self._token_ids is None else self._token_ids
+    def owned(self) -> Target:
+        """This target, of which every tensor that a walk reads counts its changes in place."""
+        tiles = self.tiles.owned()
+        if tiles is self.tiles:
+            return self
+        target = copy.copy(self)
+        target.tiles = tiles
+        return target
+
+    def _look(self) -> tuple[Tensor, Tensor]:
+        if self._found is None:
+            assert self._find is not None
+            self._found = self._find()
+        return self._found
+
+    def _knows(self, found: tuple[Tensor, Tensor], log_mass: Tensor | None) -> None:
+        """Take what the pass over the full vocabulary found, where the caller has not said it."""
+        self._found = found
+        if self._normalizer is None and log_mass is not None:
+            self._normalizer = Normalizer(log_mass, True, _EXCESS)
+        if self._token_ids is None:
+            self._token_ids = found[1]
 
     def _given(self, log_normalizer: Tensor | None, token_ids: Tensor | None) -> None:
         for name, value, dtypes in (
@@ -328,9 +360,19 @@ class Target:
                 validation.same_device(self.device, **{name: value})
                 validation.is_constant(name, value)
         if log_normalizer is not None:
-            self._log_normalizer = log_normalizer.reshape(-1)
+            # Logits of the target's dtype are off by up to half a unit in the last place, in either place.
+            rounding = 32 * max(torch.finfo(x).eps for x in (self.dtype, log_normalizer.dtype))
+            self._normalizer = Normalizer(log_normalizer.reshape(-1), False, _EXCESS + rounding)
         if token_ids is not None:
             self._token_ids = token_ids.reshape(-1)
+
+
+# A sum of probabilities may exceed 1 by rounding; beyond this, in log, they are none.
+_EXCESS = 0.01
+
+
+def _first(function: Callable[..., tuple], *arguments: Any) -> Any:
+    return function(*arguments)[0]
 
 
 def _argmax_of_probs(normalizer: Tensor, probs: Tensor, vocab: DraftVocab | None) -> tuple[Tensor, Tensor]:

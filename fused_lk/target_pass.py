@@ -7,51 +7,80 @@ from torch import Tensor
 
 from . import gemm, plan
 from .opaque import opaque
-from .rowwise import accumulation_dtype, row_ops
+from .rows.interface import accumulation_dtype, row_ops
 from .workspace import Tile, row_stride
 
 
-@opaque("(Tensor logits, float scale, str impl) -> (Tensor, Tensor)")
-def over_logits(logits: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    """`(logsumexp(scale * logits), argmax)` of each row `[N]`; the lowest index where it is not unique."""
-    lse = torch.empty(logits.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
-    argmax = torch.empty(logits.shape[0], dtype=torch.long, device=logits.device)
-    row_ops(impl, logits.device).lse_argmax(logits, scale, lse, argmax)
-    return lse, argmax
+Found = tuple[Tensor, Tensor]  # logsumexp and argmax, [N] each; the lowest index where it is not unique
 
 
-@over_logits.register_fake
-def _(logits: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    n = logits.shape[0]
-    return logits.new_empty(n, dtype=accumulation_dtype(logits)), logits.new_empty(n, dtype=torch.long)
+def over_logits(logits: Tensor, t2d: Tensor | None, scale: float, impl: str) -> tuple[Found, Tensor]:
+    """`((logsumexp(scale * logits), argmax), log_mass)` of each row `[N]`.
+
+    `log_mass` is the log of the share of softmax(scale * logits) inside `t2d` (bool `[V]`); empty without one.
+    """
+    lse, argmax, log_mass = stream_logits(logits, t2d, scale, impl)
+    return (lse, argmax), log_mass
 
 
-@opaque(
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? cached_ids, bool cache, float scale, str impl, "
-    "int? budget, bool exact=False) -> (Tensor, Tensor, Tensor)"
-)
 def over_hidden(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    t2d: Tensor | None,
     cached_ids: Tensor | None,
-    cache: bool,
     scale: float,
     impl: str,
     budget: int | None,
-    exact: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(logsumexp, argmax, cached)` of each row of `hidden @ weight.T + bias`, `[N]`, `[N]` and `[N, V_draft]`.
+    exact: bool,
+    cache: bool,
+) -> tuple[Found, Tensor, Tensor]:
+    """`((logsumexp, argmax), log_mass, cached)` of each row of `hidden @ weight.T + bias`, `[N]` and `[N, V_draft]`.
 
     Rows outside `mask` are not computed: NaN, 0 and zeros. With `cache`, `cached` holds the columns `cached_ids` (None:
     all) of the same logits, with a padded row stride; else it is empty. `exact` logits are the product's own float32.
+    `log_mass` as in `over_logits`: from the very logits of the logsumexp, so that p never sums to more than 1.
     """
+    lse, argmax, log_mass, cached = stream_hidden(
+        hidden, weight, bias, mask, t2d, cached_ids, scale, impl, budget, exact, cache
+    )
+    return (lse, argmax), log_mass, cached
+
+
+@opaque("(Tensor logits, Tensor? t2d, float scale, str impl) -> (Tensor, Tensor, Tensor)")
+def stream_logits(logits: Tensor, t2d: Tensor | None, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    lse, argmax, log_mass = _empty(logits, t2d)
+    row_ops(impl, logits.device).lse_argmax(logits, scale, t2d, lse, None if t2d is None else log_mass, argmax)
+    return lse, argmax, log_mass
+
+
+@stream_logits.register_fake
+def _(logits: Tensor, t2d: Tensor | None, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(logits, t2d)
+
+
+@opaque(
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, float scale, str impl, "
+    "int? budget, bool exact, bool cache) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def stream_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    t2d: Tensor | None,
+    cached_ids: Tensor | None,
+    scale: float,
+    impl: str,
+    budget: int | None,
+    exact: bool,
+    cache: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, size = hidden.shape[0], weight.shape[0]
     rows = None if mask is None else mask.nonzero().squeeze(1)
     count = n if rows is None else rows.shape[0]
-    normalizer = torch.full((n,), float("nan"), dtype=accumulation_dtype(hidden), device=hidden.device)
-    argmax = torch.zeros(n, dtype=torch.long, device=hidden.device)
+    lse, argmax, log_mass = (x.fill_(float("nan") if x.is_floating_point() else 0) for x in _empty(hidden, t2d))
     dtype = _logits_dtype(hidden, exact)
     cached = _cache(hidden, weight, cached_ids, cache, dtype)
     ops = row_ops(impl, hidden.device)
@@ -62,31 +91,42 @@ def over_hidden(
         at = slice(start, stop) if rows is None else rows[start:stop]
         logits = tile.view(stop - start, size)
         gemm.linear_into(logits, hidden[at], weight, bias)
-        lse, top = torch.empty_like(normalizer[start:stop]), torch.empty_like(argmax[start:stop])
-        ops.lse_argmax(logits, scale, lse, top)
-        normalizer[at], argmax[at] = lse, top
+        found = [torch.empty_like(x[start:stop]) for x in (lse, log_mass, argmax)]
+        ops.lse_argmax(logits, scale, t2d, found[0], None if t2d is None else found[1], found[2])
+        lse[at], argmax[at] = found[0], found[2]
+        if t2d is not None:
+            log_mass[at] = found[1]
         if cache:
             cached[at] = logits if cached_ids is None else logits[:, cached_ids]
-    return normalizer, argmax, cached
+    return lse, argmax, log_mass, cached
 
 
-@over_hidden.register_fake
+@stream_hidden.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    t2d: Tensor | None,
     cached_ids: Tensor | None,
-    cache: bool,
     scale: float,
     impl: str,
     budget: int | None,
-    exact: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = hidden.shape[0]
-    lse = hidden.new_empty(n, dtype=accumulation_dtype(hidden))
+    exact: bool,
+    cache: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cached = _cache(hidden, weight, cached_ids, cache, _logits_dtype(hidden, exact))
-    return lse, hidden.new_empty(n, dtype=torch.long), cached
+    return *_empty(hidden, t2d), cached
+
+
+def _empty(x: Tensor, t2d: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten logsumexp, argmax and log_mass of the rows of `x`; the last has no rows without a vocabulary."""
+    n, acc = x.shape[0], accumulation_dtype(x)
+    return (
+        x.new_empty(n, dtype=acc),
+        x.new_empty(n, dtype=torch.long),
+        x.new_empty(0 if t2d is None else n, dtype=acc),
+    )
 
 
 def _logits_dtype(hidden: Tensor, exact: bool) -> torch.dtype:

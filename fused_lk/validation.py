@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,6 +98,14 @@ def non_negative(name: str, value: Tensor) -> None:
         return
     if not bool((torch.isfinite(value) & (value >= 0)).all()):
         fail(f"{name} with entries that are finite and >= 0", "a negative, infinite or NaN entry", f"Check {name}.")
+
+
+def checks_contents(value: Tensor) -> bool:
+    """Whether the contents of `value` are read for checks: in host memory always, on a device, where reading waits for
+    the device, with FUSED_LK_VALIDATE=1; never where there are none to see (tracing, fake tensors)."""
+    if type(value) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or os.environ.get("FUSED_LK_VALIDATE", "0") == "1"
 
 
 def is_constant(name: str, value: Tensor) -> None:

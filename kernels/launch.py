@@ -1,4 +1,4 @@
-"""The Triton row operations: the interface of `fused_lk.rowwise`, the only launcher, and the only table of tiles."""
+"""The Triton row operations: the interface of `fused_lk.rows`, the only launcher, and the only table of tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from fused_lk import validation
-from fused_lk.rowwise import Coefficients, RowStats, accumulation_dtype
+from fused_lk.rows.interface import (
+    Coefficients,
+    LogitRows,
+    Normalizer,
+    RowStats,
+    accumulation_dtype,
+    tie_width,
+)
 
 from . import autotune
 from .lse_argmax import lse_argmax_kernel
@@ -37,13 +44,14 @@ class Tile(NamedTuple):
 # spills, and an A100 ran at 6 % of its bandwidth). Figures: the worst of A100, H100, B200 and all optional arguments,
 # rows aligned, in `python -m bench.compile_report`.
 TILES = {
-    # One pass, less state: 16 elements a thread take a sixth fewer instructions each than 8, and leave 16 warps an SM.
-    "lse_argmax": {2: Tile(4096, 256), 4: Tile(4096, 256), 8: Tile(2048, 256)},
+    # Twice three numbers of state an element, for the columns inside and outside the draft vocabulary: with 16 elements
+    # a thread, up to 198 registers, one row an SM.
+    "lse_argmax": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(1024, 256)},
     # Ten numbers of state an element. With 8 elements: at most 112 registers, so that 2 or 3 rows share an SM (one ends
     # while another loads; many more, and their second pass would miss the cache) and ask for 16 KiB or more. With 16:
     # up to 181 registers, one row an SM, some spills; though published, for other kernels, as best on an H100. float64:
-    # 1,024 x 256 threads spills 16 bytes on an A100, beside a float32 target, where ptxas makes room for a second row.
-    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(512, 128)},
+    # 512 x 128 threads spills 8 bytes on an A100, beside a float32 target, where ptxas makes room for a second row.
+    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(512, 64)},
     # No state: at most 48 registers, 40 warps an SM or more (float64: 36). Small blocks, as a row ends in part of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
@@ -51,11 +59,12 @@ TILES = {
 CANDIDATES = {
     2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256), Tile(4096, 512)),
     4: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 512)),
-    8: (Tile(512, 128),),
+    8: (Tile(512, 64),),
 }
 KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
 
-# FMA contraction off: z * scale - lse has to round alike for q and p and in every kernel, or ties would not be ties.
+# FMA contraction off: (z - top) * scale - log_total has to round alike for q and p, or ties would not be ties; and the
+# corrections of log1p and expm1 need their differences as written.
 OPTIONS = {"enable_fp_fusion": False}
 
 # TRITON_INTERPRET is read when a kernel is decorated; later changes of the environment come too late.
@@ -77,104 +86,77 @@ def check_device(device: torch.device) -> None:
     validation.fail('a GPU (CUDA, ROCm, XPU) for impl="triton"', f"tensors on {device}", remedy + ".")
 
 
-def lse_argmax(x: Tensor, scale: float, lse: Tensor | None, argmax: Tensor) -> None:
-    """Write logsumexp(scale * x) and the lowest index of the maximum of each row of `x` `[n, V]`."""
+def lse_argmax(
+    x: Tensor, scale: float, inside: Tensor | None, lse: Tensor, log_mass: Tensor | None, argmax: Tensor
+) -> None:
+    """Write logsumexp(scale * x), and the lowest index of the maximum, of each row of `x` `[n, V]`.
+
+    With `inside` (bool `[V]`), also `log_mass` = log sum of softmax(scale * x) over the columns inside.
+    """
     x = _unit_columns(x)
     acc = accumulation_dtype(x)
     _launch(
         "lse_argmax",
         x.shape,
         _widest(acc, x),
-        (x, x.stride(0), lse, argmax, x.shape[1], *_two_floats(scale)),
-        {"HAS_LSE": lse is not None, "ACC": _triton_dtype(acc)},
+        (x, x.stride(0), _vector(inside), lse, log_mass, argmax, x.shape[1], *_two_floats(scale)),
+        {"HAS_MASS": inside is not None, "ACC": _triton_dtype(acc)},
     )
 
 
-def stats(
-    z: Tensor,
-    t: Tensor,
-    t_index: Tensor | None,
-    log_normalizer: Tensor | None,
-    z_scale: float,
-    t_scale: float,
-    out: RowStats,
-) -> None:
-    """Write the statistics of the rows of `z` `[n, V]` into `out`.
-
-    Row i is scored against `t[t_index[i]]` (`t[i]` without an index); `log_normalizer` is `[n]`.
-    """
-    z, t = _unit_columns(z), _unit_columns(t)
+def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
+    """Write the statistics of whole rows into `out`. Without a normaliser p is pt."""
+    z, t = _unit_columns(rows.z), _unit_columns(rows.t)
     acc = out.kl.dtype
     _launch(
         "row_stats",
         z.shape,
         _widest(acc, z, t),
         (
-            *(z, z.stride(0), t, t.stride(0), _vector(t_index), _vector(log_normalizer)),
-            *(out.draft_lse, out.target_lse, out.log_acceptance, out.sigma, out.kl),
-            *(out.draft_argmax, out.target_argmax),
-            *(z.shape[1], *_two_floats(z_scale), *_two_floats(t_scale)),
+            *(z, z.stride(0), t, t.stride(0), _vector(rows.t_index)),
+            None if normalizer is None else _vector(normalizer.value),
+            *out,
+            *(z.shape[1], *_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
+            0.0 if normalizer is None else normalizer.most_log_mass,
         ),
         {
-            "HAS_INDEX": t_index is not None,
-            "HAS_NORMALIZER": log_normalizer is not None,
+            "HAS_INDEX": rows.t_index is not None,
+            "HAS_NORMALIZER": normalizer is not None,
+            "IS_MASS": normalizer is not None and normalizer.is_mass,
             "HAS_TARGET_ARGMAX": out.target_argmax is not None,
             "ACC": _triton_dtype(acc),
+            "TIE": tie_width(acc),
         },
     )
 
 
 def stats_and_gradient(
-    z: Tensor,
-    t: Tensor,
-    t_index: Tensor | None,
-    log_normalizer: Tensor | None,
-    z_scale: float,
-    t_scale: float,
-    out: RowStats,
-    gradient_out: Tensor,
-    coefficients: Coefficients,
+    rows: LogitRows, normalizer: Normalizer | None, out: RowStats, gradient_out: Tensor, coefficients: Coefficients
 ) -> None:
     """`stats`, then `gradient` with `coefficients(0, n, out)`."""
-    stats(z, t, t_index, log_normalizer, z_scale, t_scale, out)
-    d_log_acceptance, d_kl = coefficients(0, z.shape[0], out)
-    gradient(z, t, t_index, log_normalizer, z_scale, t_scale, out, d_log_acceptance, d_kl, gradient_out)
+    stats(rows, normalizer, out)
+    gradient(rows, out, *coefficients(0, rows.z.shape[0], out), gradient_out)
 
 
-def gradient(
-    z: Tensor,
-    t: Tensor,
-    t_index: Tensor | None,
-    log_normalizer: Tensor | None,
-    z_scale: float,
-    t_scale: float,
-    stats: RowStats,
-    d_log_acceptance: Tensor,
-    d_kl: Tensor,
-    gradient_out: Tensor,
-) -> None:
-    """Write the gradient with respect to `z` into `gradient_out`, which may be `z` itself.
+def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: Tensor, gradient_out: Tensor) -> None:
+    """Write the gradient with respect to `rows.z` into `gradient_out`, which may be `rows.z` itself.
 
-    `z` and `t` may be any block of columns of the rows that `stats` describes.
+    `rows` may be any block of columns of the rows that `stats` describes.
     """
     into = _unit_columns(gradient_out, copy=False)
-    z, t = _unit_columns(z), _unit_columns(t)
-    acc = stats.kl.dtype
+    z, t = _unit_columns(rows.z), _unit_columns(rows.t)
+    acc = stats.log_acceptance.dtype
     _launch(
         "row_grad",
         z.shape,
         _widest(acc, z, t, into),
         (
-            *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(t_index), _vector(log_normalizer)),
-            *(stats.draft_lse, stats.target_lse, stats.log_acceptance, stats.sigma),
+            *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(rows.t_index)),
+            *stats.saved(),
             *(_vector(d_log_acceptance), _vector(d_kl)),
-            *(z.shape[1], *_two_floats(z_scale), *_two_floats(t_scale)),
+            *(z.shape[1], rows.first_column, *_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
         ),
-        {
-            "HAS_INDEX": t_index is not None,
-            "HAS_NORMALIZER": log_normalizer is not None,
-            "ACC": _triton_dtype(acc),
-        },
+        {"HAS_INDEX": rows.t_index is not None, "ACC": _triton_dtype(acc), "TIE": tie_width(acc)},
         by_columns=True,
     )
     if into is not gradient_out:

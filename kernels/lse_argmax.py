@@ -1,41 +1,105 @@
-"""logsumexp and argmax of each row, in one pass over it."""
+"""logsumexp and argmax of each row, and the share of a subset of the columns, in one pass over it."""
 
 import triton
 import triton.language as tl
 
-from .online_softmax import LOWEST, argmax, full_scale, load_logits, logsumexp, update_argmax
+from .online_softmax import LOWEST, full_scale, join, load_logits, log1p, update_argmax
 
 
-@triton.jit(do_not_specialize_on_alignment=["lse_ptr", "argmax_ptr"])
+@triton.jit
+def _next(
+    x_ptr,
+    inside_ptr,
+    start,
+    lanes,
+    n_cols,
+    scale,
+    top,
+    rest,
+    at,
+    outer_top,
+    outer_rest,
+    outer_at,
+    MASKED: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+):
+    """One more tile. With a subset the first three are of the columns inside, the last three of those outside."""
+    offs_v = start + lanes
+    x = load_logits(x_ptr, offs_v, n_cols, MASKED, top.dtype)
+    if HAS_MASS:
+        if MASKED:
+            inside = tl.load(inside_ptr + offs_v, mask=offs_v < n_cols, other=0) != 0
+        else:
+            inside = tl.load(inside_ptr + offs_v) != 0
+        # A column is in one of the two, so one exp serves both.
+        new_top, new_rest, new_at = update_argmax(
+            tl.where(inside, top, outer_top),
+            tl.where(inside, rest, outer_rest),
+            tl.where(inside, at, outer_at),
+            x,
+            start,
+            scale,
+        )
+        top, outer_top = tl.where(inside, new_top, top), tl.where(inside, outer_top, new_top)
+        rest, outer_rest = tl.where(inside, new_rest, rest), tl.where(inside, outer_rest, new_rest)
+        at, outer_at = tl.where(inside, new_at, at), tl.where(inside, outer_at, new_at)
+    else:
+        top, rest, at = update_argmax(top, rest, at, x, start, scale)
+    return top, rest, at, outer_top, outer_rest, outer_at
+
+
+@triton.jit(do_not_specialize_on_alignment=["lse_ptr", "log_mass_ptr", "argmax_ptr"])
 def lse_argmax_kernel(
     x_ptr,
     x_row_stride,
+    inside_ptr,
     lse_ptr,
+    log_mass_ptr,
     argmax_ptr,
     n_cols,
     scale_high,
     scale_low,
-    HAS_LSE: tl.constexpr,
+    HAS_MASS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per row: logsumexp(scale * x), and the lowest index of the maximum."""
+    """One program per row: logsumexp(scale * x), the lowest index of the maximum, and with HAS_MASS the log of the
+    share of the columns that `inside` marks."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row_stride
     scale = full_scale(scale_high, scale_low, ACC)
     lanes = tl.arange(0, BLOCK_V)
 
     top = tl.full([BLOCK_V], LOWEST, ACC)
-    total = tl.zeros([BLOCK_V], ACC)
+    rest = tl.zeros([BLOCK_V], ACC)
     at = tl.zeros([BLOCK_V], tl.int32)
+    outer_top, outer_rest, outer_at = top, rest, at
     whole = n_cols // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
-        x = load_logits(x_ptr, start + lanes, n_cols, scale, False)
-        top, total, at = update_argmax(top, total, at, x, start)
+        top, rest, at, outer_top, outer_rest, outer_at = _next(
+            x_ptr, inside_ptr, start, lanes, n_cols, scale,
+            top, rest, at, outer_top, outer_rest, outer_at, False, HAS_MASS,
+        )  # fmt: skip
     if whole < n_cols:
-        x = load_logits(x_ptr, whole + lanes, n_cols, scale, True)
-        top, total, at = update_argmax(top, total, at, x, whole)
+        top, rest, at, outer_top, outer_rest, outer_at = _next(
+            x_ptr, inside_ptr, whole, lanes, n_cols, scale,
+            top, rest, at, outer_top, outer_rest, outer_at, True, HAS_MASS,
+        )  # fmt: skip
 
-    tl.store(argmax_ptr + row, argmax(top, at, lanes).to(tl.int64))
-    if HAS_LSE:
-        tl.store(lse_ptr + row, logsumexp(top, total))
+    top, rest, column = join(top, rest, at, lanes, scale)
+    log_total = log1p(rest)
+    if HAS_MASS:
+        outer_top, outer_rest, outer_column = join(outer_top, outer_rest, outer_at, lanes, scale)
+        outer_log_total = log1p(outer_rest)
+        # y = log (outside / inside); log_mass = -log(1 + exp(y)); the sum of both from the side that has more
+        y = (outer_top - top) * scale + (outer_log_total - log_total)
+        beside = log1p(tl.exp(-tl.abs(y)))
+        nothing = (top <= LOWEST) & (y == y)
+        tl.store(log_mass_ptr + row, tl.where(nothing, float("-inf"), -(tl.maximum(y, 0.0) + beside)))
+        inner = top >= outer_top
+        log_total = beside + tl.where(inner, log_total + tl.maximum(y, 0.0), outer_log_total + tl.maximum(-y, 0.0))
+        column = tl.where(top == outer_top, tl.minimum(column, outer_column), tl.where(inner, column, outer_column))
+        top = tl.where(inner, top, outer_top)
+    tl.store(argmax_ptr + row, column.to(tl.int64))
+    empty = (top <= LOWEST) & (rest == rest)  # -inf alone; NaN stays
+    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), top * scale + log_total))

@@ -1,7 +1,10 @@
-"""What the kernels share: log-probabilities of a tile of logits, and a logsumexp that is kept per lane.
+"""What the kernels share: logits relative to their row's maximum, and sums of their exponentials, kept per lane.
 
 A lane is one position of the tile: it meets the columns `lane, lane + BLOCK_V, ...` and keeps a maximum and a sum of
-its own, so the loops over the vocabulary hold no reduction across threads; `logsumexp` joins the lanes once.
+its own, so the loops over the vocabulary hold no reduction across threads; the lanes are joined once.
+
+Sums leave out the maximum's own term, which is 1: beside it the terms of a row that is sure of one token (1e-3 to 1e-9)
+would lose their digits.
 """
 
 import triton
@@ -12,8 +15,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def load_logits(x_ptr, offs_v, n_cols, scale, MASKED: tl.constexpr):
-    """`scale * x` in the dtype of `scale`; -inf, which weighs nothing, outside the row.
+def load_logits(x_ptr, offs_v, n_cols, MASKED: tl.constexpr, ACC: tl.constexpr):
+    """Logits in ACC; -inf, which weighs nothing, outside the row.
 
     Tiles that lie inside the row are loaded without a mask: one compared with an odd `n_cols` is not provably
     constant over 128 bits, and would be loaded an element at a time.
@@ -22,7 +25,7 @@ def load_logits(x_ptr, offs_v, n_cols, scale, MASKED: tl.constexpr):
         x = tl.load(x_ptr + offs_v, mask=offs_v < n_cols, other=float("-inf"))
     else:
         x = tl.load(x_ptr + offs_v)
-    return x.to(scale.dtype) * scale
+    return x.to(ACC)
 
 
 @triton.jit
@@ -32,44 +35,62 @@ def full_scale(high, low, ACC: tl.constexpr):
 
 
 @triton.jit
-def log_probs(z, t, draft_lse, log_normalizer):
-    """log q and log p. The only place where they are computed: ties have to be bitwise the same in every kernel."""
-    return z - draft_lse, t - log_normalizer
+def log_prob(x, top, log_total, scale):
+    """The log-probability of a logit; exact at any common offset, because the maximum is taken off first."""
+    return (x - top) * scale - log_total
 
 
 @triton.jit
-def acceptance_weight(log_q, log_p):
-    """The derivative of min(p, q) with respect to q: 1 where q < p, 1/2 where they are equal, else 0."""
-    return tl.where(log_q < log_p, 1.0, tl.where(log_q == log_p, 0.5, 0.0)).to(log_q.dtype)
+def tie_ramp(log_q, log_p, smaller, TIE: tl.constexpr):
+    """The derivative of min(p, q) with respect to q: 1 where q < p, 0 where q > p, and between them a ramp of half
+    width TIE in log p - log q, which rounding cannot flip. `smaller` is the smaller of the two."""
+    difference = tl.where(smaller == float("-inf"), 0.0, log_p - log_q)  # both -inf: their difference is NaN
+    return 0.5 + 0.5 * tl.minimum(tl.maximum(difference * (1.0 / TIE), -1.0), 1.0)
 
 
 @triton.jit
-def update(top, total, x):
-    """One more `x` per lane: `(top, total, step, bigger)`, total = sum exp(x - top).
+def update(top, rest, x, scale):
+    """One more `x` per lane: `(top, rest, bigger)`; rest = the sum of exp(scale * (x - top)) but for the maximum's own.
 
-    One exp serves both cases: step = exp(-|x - top|) rescales the sum where x is the bigger, else it is the new term.
+    One exp serves both cases: exp(-scale * |x - top|) rescales the sum and is the old maximum's term where x is the
+    bigger, else it is the new term.
     """
     bigger = x > top
-    step = tl.exp(-tl.abs(x - top))
-    return tl.where(bigger, x, top), tl.where(bigger, total * step + 1.0, total + step), step, bigger
+    step = tl.exp(-tl.abs(x - top) * scale)
+    return tl.where(bigger, x, top), tl.where(bigger, rest * step, rest) + step, bigger
 
 
 @triton.jit
-def update_argmax(top, total, at, x, start):
+def update_argmax(top, rest, at, x, start, scale):
     """`update`, with the start of the first tile in which each lane met its maximum."""
-    top, total, _, bigger = update(top, total, x)
-    return top, total, tl.where(bigger, start, at)
+    top, rest, bigger = update(top, rest, x, scale)
+    return top, rest, tl.where(bigger, start, at)
 
 
 @triton.jit
-def logsumexp(top, total):
-    """The lanes joined; -inf where nothing had weight."""
+def join(top, rest, at, lanes, scale):
+    """The lanes joined: `(maximum, rest, lowest column of the maximum)`; LOWEST, and no more, where nothing had weight.
+
+    NaN logits are no maximum; they are in the rest.
+    """
     highest = tl.max(top, 0)
-    return highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    column = tl.min(tl.where(top == highest, at + lanes, 2147483647), 0)
+    own = tl.where((at + lanes == column) | (top <= LOWEST), 0.0, 1.0).to(rest.dtype)
+    return highest, tl.sum((own + rest) * tl.exp((top - highest) * scale), 0), column
 
 
 @triton.jit
-def argmax(top, at, lanes):
-    """The lowest column that has the maximum of all lanes."""
-    first = tl.where(top == tl.max(top, 0), at + lanes, 2147483647)
-    return tl.min(first, 0)
+def log1p(x):
+    """log(1 + x) with all digits of a small x (W. Kahan's correction of what 1 + x rounds away)."""
+    u = 1.0 + x
+    exact = (u - 1.0 == 0.0) | (u == float("inf"))
+    return tl.where(exact, tl.where(u == float("inf"), u, x), tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 of x <= 0 with all digits of a small x (likewise)."""
+    u = tl.exp(x)
+    log_u = tl.log(u)
+    simple = (u == 1.0) | (u == 0.0)
+    return tl.where(simple, tl.where(u == 0.0, -1.0, x), (u - 1.0) * (x / tl.where(simple, 1.0, log_u)))

@@ -1,23 +1,33 @@
 """The statistics of each row: everything that its gradient needs, and what the caller reads.
 
-One row holds draft logits z and target logits t over the draft vocabulary, 1/temperature folded in:
+One row holds draft logits z and target logits t over the draft vocabulary; scales are 1/temperature:
 
-    log q = z - draft_lse        log p = t - log_normalizer        log pt = t - target_lse
+    log q  = z_scale * (z - draft_top)  - draft_log_total        log p = log pt + log_mass
+    log pt = t_scale * (t - target_top) - target_log_total
 
-    saved            what it is                                                        gradient with respect to z
-    draft_lse        logsumexp z
-    target_lse       logsumexp t, over the draft vocabulary; -inf: an unsupported row  none, the target is constant
-    log_acceptance   log alpha = logsumexp min(log q, log p); -inf: unsupported        w r - sigma q
-    sigma            sum w r, in [0, 1]; 0 on unsupported rows
-    kl               KL(pt || q); 0 on unsupported rows                                q - pt
-    draft_argmax     the lowest index of the largest z                                 none
-    target_argmax    the same of t, if asked for                                       none
+    saved               what it is                                                     gradient with respect to z
+    draft_top           the largest z
+    draft_log_total     log sum exp(z_scale * (z - draft_top)), >= 0
+    target_top          the largest t; -inf: a row without an answer                   none, the target is constant
+    target_log_total    the same sum of t
+    log_mass            log sum p over the draft vocabulary, <= 0
+    log_acceptance      log alpha = log sum min(p, q); -inf without an answer          w r - sigma q
+    sigma               sum w r, in [0, 1]; 0 without an answer
+    kl                  KL(pt || q); 0 without an answer                               q - pt
+    top_log_acceptance  w r - sigma q in the column of draft_top
+    top_kl              q - pt in that column
+    draft_argmax        that column, the lowest if it is not unique                    none
+    target_argmax       the same of t, if asked for                                    none
 
-    r = exp(log q - log alpha);  w = 1 where log q < log p, 1/2 where they are bitwise equal, else 0
+    r = exp(min(log q, log p) - log alpha);  w = 1 where q < p, 0 where q > p, a ramp of half width TIE between
+
+In the column of the draft's maximum q may be near 1, and the gradient there a difference of nearly equal numbers. So
+this column is kept out of all sums, its w is decided here alone, and what it adds is made from the complements 1 - q
+and 1 - p. log alpha near 0 comes from 1 - alpha, for the same reason.
 
 Two passes over the row, the second mostly from the cache. All of it in log space: with p and q almost disjoint every
-min(p, q) underflows in float32, and the gradient of log alpha would be 0 or NaN. Where w > 0, log q is
-min(log q, log p), so sigma shares the running maximum of alpha, and w r costs no exp of its own.
+min(p, q) underflows in float32, and the gradient of log alpha would be 0 or NaN. w r shares the running maximum of
+alpha, and costs no exp of its own.
 """
 
 import triton
@@ -25,13 +35,13 @@ import triton.language as tl
 
 from .online_softmax import (
     LOWEST,
-    acceptance_weight,
-    argmax,
+    expm1,
     full_scale,
+    join,
     load_logits,
-    log_probs,
-    logsumexp,
-    update,
+    log1p,
+    log_prob,
+    tie_ramp,
     update_argmax,
 )
 
@@ -46,19 +56,18 @@ def _first_pass(
     z_scale,
     t_scale,
     z_top,
-    z_total,
+    z_rest,
     z_at,
     t_top,
-    t_total,
+    t_rest,
     t_at,
     MASKED: tl.constexpr,
 ):
-    z = load_logits(z_ptr, start + lanes, n_cols, z_scale, MASKED)
-    t = load_logits(t_ptr, start + lanes, n_cols, t_scale, MASKED)
-    z_top, z_total, z_at = update_argmax(z_top, z_total, z_at, z, start)
-    # Without a use of t_at the compiler drops it.
-    t_top, t_total, t_at = update_argmax(t_top, t_total, t_at, t, start)
-    return z_top, z_total, z_at, t_top, t_total, t_at
+    z = load_logits(z_ptr, start + lanes, n_cols, MASKED, z_top.dtype)
+    t = load_logits(t_ptr, start + lanes, n_cols, MASKED, z_top.dtype)
+    z_top, z_rest, z_at = update_argmax(z_top, z_rest, z_at, z, start, z_scale)
+    t_top, t_rest, t_at = update_argmax(t_top, t_rest, t_at, t, start, t_scale)
+    return z_top, z_rest, z_at, t_top, t_rest, t_at
 
 
 @triton.jit
@@ -69,38 +78,53 @@ def _second_pass(
     n_cols,
     z_scale,
     t_scale,
-    draft_lse,
-    target_lse,
-    log_normalizer,
+    z_top,
+    z_log_total,
+    t_top,
+    t_log_total,
+    log_mass,
+    z_column,
     top,
     alpha,
     sigma,
     kl,
     MASKED: tl.constexpr,
+    TIE: tl.constexpr,
 ):
-    z = load_logits(z_ptr, offs_v, n_cols, z_scale, MASKED)
-    t = load_logits(t_ptr, offs_v, n_cols, t_scale, MASKED)
-    log_q, log_p = log_probs(z, t, draft_lse, log_normalizer)
-    w = acceptance_weight(log_q, log_p)
-    top, alpha, step, bigger = update(top, alpha, tl.minimum(log_q, log_p))
+    z = load_logits(z_ptr, offs_v, n_cols, MASKED, top.dtype)
+    t = load_logits(t_ptr, offs_v, n_cols, MASKED, top.dtype)
+    log_q = log_prob(z, z_top, z_log_total, z_scale)
+    log_pt = log_prob(t, t_top, t_log_total, t_scale)
+    log_p = log_pt + log_mass
+    smaller = tl.where(log_q < log_p, log_q, log_p)
+    w = tie_ramp(log_q, log_p, smaller, TIE)
+    smaller = tl.where(offs_v == z_column, float("-inf"), smaller)
+    bigger = smaller > top
+    step = tl.exp(-tl.abs(smaller - top))
+    alpha = tl.where(bigger, alpha * step + 1.0, alpha + step)
     sigma = tl.where(bigger, sigma * step + w, sigma + w * step)
-    # t - z first: the two may share an offset that is large beside their difference. Where pt is 0 the logarithm may
-    # be -inf, or -inf - (-inf).
-    pt = tl.exp(t - target_lse)
-    kl += tl.where(pt > 0, pt * ((t - z) + (draft_lse - target_lse)), 0.0)
+    top = tl.where(bigger, smaller, top)
+    # Where pt is 0 the logarithm may be -inf, or -inf - (-inf).
+    pt = tl.exp(log_pt)
+    kl += tl.where(pt > 0, pt * (log_pt - log_q), 0.0)
     return top, alpha, sigma, kl
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
         "t_index_ptr",
-        "log_normalizer_ptr",
-        "draft_lse_ptr",
-        "target_lse_ptr",
+        "normalizer_ptr",
+        "draft_top_ptr",
+        "draft_log_total_ptr",
+        "target_top_ptr",
+        "target_log_total_ptr",
+        "log_mass_ptr",
         "log_acceptance_ptr",
         "sigma_ptr",
-        "kl_ptr",
+        "top_log_acceptance_ptr",
+        "top_kl_ptr",
         "draft_argmax_ptr",
+        "kl_ptr",
         "target_argmax_ptr",
     ]
 )
@@ -110,23 +134,31 @@ def row_stats_kernel(
     t_ptr,
     t_row_stride,
     t_index_ptr,
-    log_normalizer_ptr,
-    draft_lse_ptr,
-    target_lse_ptr,
+    normalizer_ptr,
+    draft_top_ptr,
+    draft_log_total_ptr,
+    target_top_ptr,
+    target_log_total_ptr,
+    log_mass_ptr,
     log_acceptance_ptr,
     sigma_ptr,
-    kl_ptr,
+    top_log_acceptance_ptr,
+    top_kl_ptr,
     draft_argmax_ptr,
+    kl_ptr,
     target_argmax_ptr,
     n_cols,
     z_scale_high,
     z_scale_low,
     t_scale_high,
     t_scale_low,
+    most_log_mass,
     HAS_INDEX: tl.constexpr,
     HAS_NORMALIZER: tl.constexpr,
+    IS_MASS: tl.constexpr,
     HAS_TARGET_ARGMAX: tl.constexpr,
     ACC: tl.constexpr,
+    TIE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One program per row of z; it is scored against row `t_index[row]` of t, or its own."""
@@ -142,73 +174,81 @@ def row_stats_kernel(
     whole = n_cols // BLOCK_V * BLOCK_V
 
     z_top = tl.full([BLOCK_V], LOWEST, ACC)
-    z_total = tl.zeros([BLOCK_V], ACC)
+    z_rest = tl.zeros([BLOCK_V], ACC)
     z_at = tl.zeros([BLOCK_V], tl.int32)
-    t_top, t_total, t_at = z_top, z_total, z_at
+    t_top, t_rest, t_at = z_top, z_rest, z_at
     for start in range(0, whole, BLOCK_V):
-        z_top, z_total, z_at, t_top, t_total, t_at = _first_pass(
-            z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, False
+        z_top, z_rest, z_at, t_top, t_rest, t_at = _first_pass(
+            z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_top, z_rest, z_at, t_top, t_rest, t_at, False
         )
     if whole < n_cols:
-        z_top, z_total, z_at, t_top, t_total, t_at = _first_pass(
-            z_ptr, t_ptr, whole, lanes, n_cols, z_scale, t_scale, z_top, z_total, z_at, t_top, t_total, t_at, True
+        z_top, z_rest, z_at, t_top, t_rest, t_at = _first_pass(
+            z_ptr, t_ptr, whole, lanes, n_cols, z_scale, t_scale, z_top, z_rest, z_at, t_top, t_rest, t_at, True
         )
-    draft_lse = logsumexp(z_top, z_total)
-    target_lse = logsumexp(t_top, t_total)
-    tl.store(draft_lse_ptr + row, draft_lse)
-    tl.store(target_lse_ptr + row, target_lse)
-    tl.store(draft_argmax_ptr + row, argmax(z_top, z_at, lanes).to(tl.int64))
-    if HAS_TARGET_ARGMAX:
-        tl.store(target_argmax_ptr + row, argmax(t_top, t_at, lanes).to(tl.int64))
-
-    # Without any mass all t are -inf, and stay so when nothing but 0 is taken off.
-    supported = target_lse > float("-inf")
-    target_lse = tl.where(supported, target_lse, 0.0)
-    log_normalizer = target_lse
+    z_top, z_rest, z_column = join(z_top, z_rest, z_at, lanes, z_scale)
+    t_top, t_rest, t_column = join(t_top, t_rest, t_at, lanes, t_scale)
+    z_rest = tl.where(z_top > LOWEST, z_rest, float("nan"))  # a draft that can say nothing
+    supported = (t_top > LOWEST) | (t_rest != t_rest)
+    t_rest = tl.where(supported, t_rest, 0.0)
+    z_log_total, t_log_total = log1p(z_rest), log1p(t_rest)
+    log_mass = tl.zeros([], ACC)
     if HAS_NORMALIZER:
-        log_normalizer = tl.where(supported, tl.load(log_normalizer_ptr + row).to(ACC), 0.0)
+        normalizer = tl.load(normalizer_ptr + row).to(ACC)
+        log_mass = normalizer if IS_MASS else (t_top * t_scale - normalizer) + t_log_total
+        log_mass = tl.where(supported, log_mass, 0.0)
+    tl.store(draft_top_ptr + row, z_top)
+    tl.store(draft_log_total_ptr + row, z_log_total)
+    tl.store(target_top_ptr + row, tl.where(supported, t_top, float("-inf")))
+    tl.store(target_log_total_ptr + row, t_log_total)
+    tl.store(log_mass_ptr + row, log_mass)
+    tl.store(draft_argmax_ptr + row, z_column.to(tl.int64))
+    if HAS_TARGET_ARGMAX:
+        tl.store(target_argmax_ptr + row, t_column.to(tl.int64))
+
+    # Comparisons drop NaN; one anywhere in the row, or a target that sums to more than 1, has to reach all results.
+    broken = (z_rest != z_rest) | (t_rest != t_rest) | (log_mass != log_mass) | (log_mass > most_log_mass)
     top = tl.full([BLOCK_V], LOWEST, ACC)
     alpha = tl.zeros([BLOCK_V], ACC)
     sigma, kl = alpha, alpha
     for start in range(0, whole, BLOCK_V):
         top, alpha, sigma, kl = _second_pass(
-            z_ptr,
-            t_ptr,
-            start + lanes,
-            n_cols,
-            z_scale,
-            t_scale,
-            draft_lse,
-            target_lse,
-            log_normalizer,
-            top,
-            alpha,
-            sigma,
-            kl,
-            False,
-        )
+            z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass,
+            z_column, top, alpha, sigma, kl, False, TIE,
+        )  # fmt: skip
     if whole < n_cols:
         top, alpha, sigma, kl = _second_pass(
-            z_ptr,
-            t_ptr,
-            whole + lanes,
-            n_cols,
-            z_scale,
-            t_scale,
-            draft_lse,
-            target_lse,
-            log_normalizer,
-            top,
-            alpha,
-            sigma,
-            kl,
-            True,
-        )
+            z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass,
+            z_column, top, alpha, sigma, kl, True, TIE,
+        )  # fmt: skip
     highest = tl.max(top, 0)
     rescale = tl.exp(top - highest)
-    sum_alpha = tl.sum(alpha * rescale, 0)
     sum_sigma = tl.sum(sigma * rescale, 0)
-    tl.store(log_acceptance_ptr + row, highest + tl.log(sum_alpha))
-    # NaN where alpha is NaN; 0 where it is 0.
-    tl.store(sigma_ptr + row, tl.where(sum_alpha == 0, 0.0, sum_sigma / tl.where(sum_alpha == 0, 1.0, sum_alpha)))
-    tl.store(kl_ptr + row, tl.sum(kl, 0))
+    log_rest = highest + tl.log(tl.sum(alpha * rescale, 0))
+
+    # The column of the draft's maximum.
+    log_q = -z_log_total
+    log_pt = log_prob(tl.load(t_ptr + z_column).to(ACC), t_top, t_log_total, t_scale)
+    log_p = log_pt + log_mass
+    not_q = z_rest / (1.0 + z_rest)
+    width = tl.maximum(tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)
+    difference = tl.where(log_p == float("-inf"), -1.0, (log_p - log_q) / width)
+    w = 0.5 + 0.5 * tl.minimum(tl.maximum(difference, -1.0), 1.0)
+    smaller = tl.minimum(log_q, log_p)
+
+    missed = -expm1(smaller) - tl.exp(log_rest)  # 1 - alpha
+    larger = tl.maximum(smaller, log_rest)
+    possible = larger > float("-inf")
+    base = tl.where(possible, larger, 0.0)
+    log_alpha = base + tl.log(tl.exp(smaller - base) + tl.exp(log_rest - base))
+    log_alpha = tl.where(missed < 0.5, log1p(-tl.minimum(missed, 0.5)), log_alpha)
+    base = tl.where(possible, log_alpha, 0.0)
+    w_r = w * tl.exp(tl.minimum(smaller - base, 0.0))
+    w_r_rest = sum_sigma * tl.exp(tl.minimum(highest - base, 0.0))
+    top_log_acceptance = w_r * not_q - w_r_rest / (1.0 + z_rest)
+
+    nan = tl.where(broken, float("nan"), 0.0).to(ACC)
+    tl.store(log_acceptance_ptr + row, tl.where(supported, log_alpha + nan, float("-inf")))
+    tl.store(sigma_ptr + row, tl.where(supported, w_r + w_r_rest + nan, 0.0))
+    tl.store(kl_ptr + row, tl.where(supported, tl.sum(kl, 0) + nan, 0.0))
+    tl.store(top_log_acceptance_ptr + row, tl.where(supported, top_log_acceptance + nan, 0.0))
+    tl.store(top_kl_ptr + row, tl.where(supported, -expm1(log_pt) - not_q + nan, 0.0))

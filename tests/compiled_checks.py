@@ -19,7 +19,7 @@ from fused_lk.kernels import autotune, launch
 import fused_lk
 from bench import compile_report as report
 from bench import machine_code, offline
-from fused_lk.rowwise import RowStats
+from fused_lk.rows.interface import LogitRows, Normalizer, RowStats
 
 ARCHS = [arch for arch, card in offline.CARDS.items() if card.since <= offline.TRITON]
 NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
@@ -105,9 +105,10 @@ def launch_all(n, size, at=0):
     z, t = tile(n, size), tile(n, size)
     out = RowStats.empty(n + at, FP32, z.device, True).rows(at, n + at)
     vector, index = torch.zeros(n + at)[at:], torch.zeros(n + at, dtype=torch.long)[at:]
-    launch.lse_argmax(z, 1.0, vector, out.draft_argmax)
-    launch.stats(z, t, index, vector, 1.0, 0.5, out)
-    launch.gradient(z, t, index, vector, 1.0, 0.5, out, vector, vector, z)
+    launch.lse_argmax(z, 1.0, torch.zeros(size, dtype=torch.bool), vector, vector, out.draft_argmax)
+    rows = LogitRows(z, t, index, 1.0, 0.5, first_column=at)
+    launch.stats(rows, Normalizer(vector, False, 0.01), out)
+    launch.gradient(rows, out, vector, vector, z)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from allocations import Allocations
 
 import fused_lk
-from fused_lk import rowwise
+from fused_lk.rows import plain
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_it_is_the_eager_loss(example, parts):
 
 def test_it_makes_no_logits(example, parts, monkeypatch):
     draft, target, head, batch = parts
-    monkeypatch.setattr(rowwise, "BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 1024)
     limit = example.BATCH * example.LENGTH * example.DRAFT_VOCAB_SIZE
     with Allocations() as seen:
         example.loss_of(draft, target, head, batch, workspace_mb=0.1, impl="torch").loss.backward()

@@ -42,7 +42,7 @@ def test_peak(name, plan, impl, device, monkeypatch):
     shape = SHAPE[name]
     if impl == "torch":
         # Larger blocks of rows in the PyTorch row operations: quicker to account, and more than they really take.
-        monkeypatch.setattr("fused_lk.rowwise.BLOCK_ELEMENTS", 2**22)
+        monkeypatch.setattr("fused_lk.rows.plain.BLOCK_ELEMENTS", 2**22)
     seen = accounted(shape, ours(plan, impl), device)
     draft_gemms = 2 + (plan == "recompute") + (not shape.frozen_head)
     assert seen.gemm_flops >= draft_gemms * shape.ttt_steps * gemm_flops(shape), "the watcher missed the work"

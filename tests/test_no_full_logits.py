@@ -37,7 +37,7 @@ def run(impl: str, plan: str, plant: bool = False) -> Allocations:
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_no_full_logits(impl, plan, monkeypatch):
     # The rows' blocks, 4 MiB each by default, are cut as well: the shapes here are far below that.
-    monkeypatch.setattr("fused_lk.rowwise.BLOCK_ELEMENTS", 4 * DRAFT)
+    monkeypatch.setattr("fused_lk.rows.plain.BLOCK_ELEMENTS", 4 * DRAFT)
     seen = run(impl, plan)
     assert seen.at_least(HIDDEN * DRAFT), "the watcher saw nothing at all"
     assert not seen.at_least(TOKENS * DRAFT)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fused_lk.kernels import launch
 
-from fused_lk import rowwise
-from fused_lk.rowwise import RowStats
+from fused_lk.rows import plain
+from fused_lk.rows.interface import LogitRows, RowStats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROW_STRIDE = 2**30 + 64  # elements: the last of three rows starts past 2**31
@@ -39,14 +39,15 @@ def test_rows_further_apart_than_32_bits(far, far_apart):
     generator = torch.Generator().manual_seed(0)
     z, t = torch.randn(2, ROWS, COLUMNS, generator=generator).half().to(DEVICE)
     results = []
-    for ops, place in ((launch, far_apart), (rowwise, lambda x: x)):
+    for ops, place in ((launch, far_apart), (plain, lambda x: x)):
         into = {"z": z, "t": t, "gradient": torch.zeros_like(z)}
         into[far] = place(into[far])
         out = RowStats.empty(ROWS, torch.float32, z.device, False)
         ones = torch.ones(ROWS, device=DEVICE)
-        ops.stats(into["z"], into["t"], None, None, 1.0, 1.0, out)
-        ops.gradient(into["z"], into["t"], None, None, 1.0, 1.0, out, ones, ones, into["gradient"])
-        results.append([*out[:6], into["gradient"].clone()])
+        rows = LogitRows(into["z"], into["t"], None, 1.0, 1.0)
+        ops.stats(rows, None, out)
+        ops.gradient(rows, out, ones, ones, into["gradient"])
+        results.append([*out[:-1], into["gradient"].clone()])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
 
@@ -54,6 +55,6 @@ def test_rows_further_apart_than_32_bits(far, far_apart):
 def test_log_sum_exp_of_rows_further_apart_than_32_bits(far_apart):
     x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     lse, argmax = torch.zeros(ROWS, device=DEVICE), torch.zeros(ROWS, dtype=torch.long, device=DEVICE)
-    launch.lse_argmax(far_apart(x), 1.0, lse, argmax)
+    launch.lse_argmax(far_apart(x), 1.0, None, lse, None, argmax)
     torch.testing.assert_close(lse, x.float().logsumexp(1))
     assert torch.equal(argmax, x.argmax(1))

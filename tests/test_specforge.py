@@ -13,7 +13,7 @@ import torch
 from allocations import Allocations
 from transformers import LlamaConfig
 
-from fused_lk import rowwise
+from fused_lk.rows import plain
 from fused_lk.integrations import specforge
 
 PEER = peers.specforge()
@@ -132,7 +132,7 @@ def test_training_is_the_same(lk_loss_type, kind):
 @pytest.mark.parametrize("lk_loss_type", [None, "alpha", "lambda"])
 def test_no_full_logits(lk_loss_type, kind, monkeypatch):
     """None of draft or target, forward and backward; and the watcher sees them where they are."""
-    monkeypatch.setattr(rowwise, "BLOCK_ELEMENTS", 1024)  # the cache block, as small as the workspace
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 1024)  # the cache block, as small as the workspace
     model, batch = make_model(lk_loss_type), make_batch(0, kind)
     limit = B * S * V_DRAFT
 

@@ -13,7 +13,7 @@ import torch
 from allocations import Allocations
 from transformers import LlamaConfig
 
-from fused_lk import rowwise
+from fused_lk.rows import plain
 from fused_lk.integrations import speculators
 
 PEER = peers.speculators()
@@ -163,7 +163,7 @@ def test_default_loss(registered):
 
 def test_no_full_logits(monkeypatch):
     """None of draft or target, forward and backward; and the watcher sees them where they are."""
-    monkeypatch.setattr(rowwise, "BLOCK_ELEMENTS", 512)
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 512)
     model, batch = make_model(), make_batch()
     limit = T * V_DRAFT
 

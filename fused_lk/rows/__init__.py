@@ -1,0 +1,1 @@
+"""Row operations on tiles of logits: the contract (`interface`), and PyTorch's answer to it (`plain`)."""

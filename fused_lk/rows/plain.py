@@ -1,0 +1,349 @@
+"""The row operations in plain PyTorch; see `rows.interface` for the formulas and names.
+
+On a CPU they are bound by exp and by cache: rows go in blocks of `BLOCK_ELEMENTS`, and alpha is taken in linear space,
+where `torch.softmax` makes exp, sum and division in one pass. Rows that linear space cannot hold (p and q almost
+disjoint, an infinite KL) are done again in log space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .interface import NEG_INF, Coefficients, LogitRows, Normalizer, RowStats, accumulation_dtype, tie_width
+
+# Elements of one block of rows. 2**20 float32 are 4 MiB a buffer; larger blocks fall out of a server's shared cache,
+# smaller ones pay more for dispatch (measured at V = 32,000: 8, 16, 32, 64 rows within 15 % of one another).
+BLOCK_ELEMENTS = 2**20
+
+# Below this alpha a float32 sum of min(p, q) has lost terms to underflow; log space takes over.
+SMALLEST_LINEAR = 1e-20
+
+# Finite stand-in for -inf in log p - log q, where the factor pt is exactly zero: 0 * -1e30 = 0, but 0 * -inf = nan.
+FLOOR = -1e30
+
+
+def lse_argmax(
+    x: Tensor, scale: float, inside: Tensor | None, lse: Tensor, log_mass: Tensor | None, argmax: Tensor
+) -> None:
+    """Write logsumexp(scale * x), and the lowest index of the maximum, of each row of `x` `[n, V]`.
+
+    With `inside` (bool `[V]`), also `log_mass` = log sum of softmax(scale * x) over the columns inside: from the sums
+    inside and outside, so that a share near 1 keeps the digits of what is missing.
+    """
+    acc = accumulation_dtype(x)
+    columns = None if inside is None else inside.to(acc)
+    outside = None if columns is None else 1 - columns
+    for start, stop in _blocks(x):
+        raw = x[start:stop].to(acc)
+        top, at = _argmax(raw)
+        argmax[start:stop] = at
+        row = _centred(raw, top, scale)
+        probs = torch.softmax(row, 1)
+        lse[start:stop] = torch.where(top == NEG_INF, top, scale * top - _at(probs, at).log())
+        if columns is None:
+            continue
+        if _any(top == NEG_INF):
+            probs.masked_fill_((top == NEG_INF).unsqueeze(1), 0.0)
+        share = (probs * columns).sum(1)
+        mass = -torch.log1p(torch.mul(probs, outside, out=probs).sum(1) / share)
+        few = share < SMALLEST_LINEAR
+        if _any(few):
+            rows = few.nonzero().squeeze(1)
+            row = row[rows]
+            mass[rows] = row[:, inside].logsumexp(1) - row.logsumexp(1)
+        log_mass[start:stop] = mass
+
+
+def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
+    """Write the statistics of whole rows into `out`. Without a normaliser p is pt."""
+    for start, stop in _blocks(rows.z):
+        _Block(rows, out, start, stop).statistics(normalizer)
+
+
+def stats_and_gradient(
+    rows: LogitRows, normalizer: Normalizer | None, out: RowStats, gradient_out: Tensor, coefficients: Coefficients
+) -> None:
+    """`stats`, then `gradient` with `coefficients(start, stop, statistics)`, from the same exponentials."""
+    for start, stop in _blocks(rows.z):
+        block = _Block(rows, out, start, stop)
+        probabilities = block.statistics(normalizer)
+        block.gradient(*probabilities, *coefficients(start, stop, block.out), gradient_out[start:stop])
+
+
+def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: Tensor, gradient_out: Tensor) -> None:
+    """Write the gradient with respect to `rows.z` into `gradient_out`, which may be `rows.z` itself.
+
+    `rows` may be any block of columns of the rows that `stats` describes.
+    """
+    for start, stop in _blocks(rows.z):
+        block = _Block(rows, stats, start, stop)
+        probabilities = block.probabilities()
+        block.gradient(*probabilities, d_log_acceptance[start:stop], d_kl[start:stop], gradient_out[start:stop])
+
+
+class _Block:
+    """A block of rows in the accumulation dtype, small enough for its temporaries to stay in cache."""
+
+    def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int) -> None:
+        self.rows, self.out, self.start, self.stop = rows, stats.rows(start, stop), start, stop
+        self.acc = stats.log_acceptance.dtype
+        self.tie = tie_width(self.acc)
+        self.raw_z = rows.z[start:stop].to(self.acc)
+        self.raw_t = (rows.t[start:stop] if rows.t_index is None else rows.t[rows.t_index[start:stop]]).to(self.acc)
+
+    def statistics(self, normalizer: Normalizer | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the statistics; returns q, pt and 2 w q, each `[b, V]`, the last 0 in the column of q's maximum."""
+        out, tie = self.out, self.tie
+        z_top, z_at = _argmax(self.raw_z)
+        t_top, t_at = _argmax(self.raw_t)
+        out.draft_top.copy_(z_top)
+        out.target_top.copy_(t_top)
+        out.draft_argmax.copy_(z_at)
+        if out.target_argmax is not None:
+            out.target_argmax.copy_(t_at)
+        self._centre()
+        q, pt = torch.softmax(self.z, 1), torch.softmax(self.t, 1)
+        unsupported = ~out.supported
+        if _any(unsupported):
+            pt.masked_fill_(unsupported.unsqueeze(1), 0.0)
+        q_top, q_rest = _top_and_rest(q, z_at)
+        out.draft_log_total.copy_(_log_total(q_top, q_rest))
+        out.target_log_total.copy_(_log_total(*_top_and_rest(pt, t_at)))
+        if _any(unsupported):
+            out.target_log_total.masked_fill_(unsupported, 0.0)
+        p, log_mass = self._mass(pt, normalizer)
+
+        # The column of q's maximum, from complements: 1 - q and 1 - p keep the digits that q and p have lost there.
+        log_q = -out.draft_log_total
+        log_pt = _at(self.t, z_at) - out.target_log_total
+        log_p = log_pt + log_mass
+        w = _top_weight(log_q, log_p, tie)
+        torch.sub(-torch.expm1(log_pt), q_rest, out=out.top_kl)  # (1 - pt) - (1 - q)
+
+        scratch = torch.minimum(p, q)
+        rest = scratch.scatter_(1, z_at.unsqueeze(1), 0.0).sum(1)
+        top = torch.minimum(log_q, log_p)
+        alpha = top.exp() + rest
+        missed = -torch.expm1(top) - rest  # 1 - alpha
+        torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=out.log_acceptance)
+
+        log_ratio = self._log_ratio(scratch)
+        twice_w_q = self._twice_w_q(q, log_ratio, log_mass if p is not pt else None)
+        torch.sum(log_ratio.mul_(pt), 1, out=out.kl)
+        w_rest = twice_w_q.scatter_(1, z_at.unsqueeze(1), 0.0).sum(1).mul_(0.5)
+        w_top = w * top.exp()
+        torch.div(w_top + w_rest, alpha, out=out.sigma)
+        torch.div(w_top * q_rest - q_top * w_rest, alpha, out=out.top_log_acceptance)
+
+        careful = (alpha < SMALLEST_LINEAR) & ~unsupported
+        if _any(careful):
+            self._careful_acceptance(careful.nonzero().squeeze(1), w)
+        careful = ~torch.isfinite(out.kl) & ~unsupported
+        if _any(careful):
+            self._careful_kl(careful.nonzero().squeeze(1))
+        if _any(unsupported):
+            for x in (out.sigma, out.top_log_acceptance, out.top_kl, out.kl):
+                x.masked_fill_(unsupported, 0.0)
+            out.log_acceptance.masked_fill_(unsupported, NEG_INF)
+        return q, pt, twice_w_q
+
+    def probabilities(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, pt, 2 w q, each `[b, V]`, from the statistics, for any block of columns."""
+        self._centre()
+        q = _exp_minus(self.z, self.out.draft_log_total)
+        pt = _exp_minus(self.t, self.out.target_log_total)
+        return q, pt, self._twice_w_q(q, self._log_ratio(torch.empty_like(q)), self.out.log_mass)
+
+    def gradient(
+        self, q: Tensor, pt: Tensor, twice_w_q: Tensor, d_log_alpha: Tensor, d_kl: Tensor, gradient_out: Tensor
+    ) -> None:
+        """Write the gradient; consumes `twice_w_q`."""
+        out = self.out
+        unsupported = ~out.supported
+        d_log_alpha = torch.where(unsupported, 0.0, d_log_alpha * self.rows.z_scale)
+        d_kl = torch.where(unsupported, 0.0, d_kl * self.rows.z_scale)
+        linear = out.log_acceptance > math.log(SMALLEST_LINEAR)
+        careful = (~linear & ~unsupported).nonzero().squeeze(1) if _any(~linear) else None
+
+        # w q / alpha * d_log_alpha  +  q * (d_kl - sigma * d_log_alpha)  -  pt * d_kl
+        half = torch.where(linear, 0.5 * d_log_alpha * torch.exp(-out.log_acceptance), 0.0)
+        rest = d_kl - out.sigma * d_log_alpha
+        total = twice_w_q.mul_(half.unsqueeze(1)).addcmul_(q, rest.unsqueeze(1)).addcmul_(pt, d_kl.neg().unsqueeze(1))
+        if careful is not None:
+            total[careful] = self._careful_gradient(careful, d_log_alpha[careful], d_kl[careful])
+        self._write_top(total, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
+        if _any(unsupported):
+            total.masked_fill_(unsupported.unsqueeze(1), 0.0)
+        gradient_out.copy_(total)
+
+    def _centre(self) -> None:
+        """The logits relative to their row's maximum, and scaled: exact, whatever their common offset."""
+        rows, out = self.rows, self.out
+        self.z = _centred(self.raw_z, out.draft_top, rows.z_scale)
+        self.t = _centred(self.raw_t, out.target_top, rows.t_scale)
+
+    def _mass(self, pt: Tensor, normalizer: Normalizer | None) -> tuple[Tensor, Tensor]:
+        """p, and log_mass as the formulas use it; `out.log_mass` keeps what a nonsensical normaliser gave."""
+        out = self.out
+        if normalizer is None:
+            return pt, out.log_mass.zero_()
+        given = normalizer.value[self.start : self.stop].to(self.acc)
+        if not normalizer.is_mass:
+            given = (self.rows.t_scale * out.target_top - given) + out.target_log_total
+        given = torch.where(out.supported, given, 0.0)
+        out.log_mass.copy_(given)
+        log_mass = torch.where(given > normalizer.most_log_mass, float("nan"), given)
+        return pt * log_mass.exp().unsqueeze(1), log_mass
+
+    def _log_ratio(self, scratch: Tensor) -> Tensor:
+        """log pt - log q in `scratch`; finite where either is -inf, but +inf where only q is 0."""
+        constant = (self.out.draft_log_total - self.out.target_log_total).unsqueeze(1)
+        difference = torch.sub(self.t, self.z, out=scratch).add_(constant)
+        return difference.nan_to_num_(nan=FLOOR, posinf=float("inf"), neginf=FLOOR)
+
+    def _twice_w_q(self, q: Tensor, log_ratio: Tensor, log_mass: Tensor | None) -> Tensor:
+        """`2 w q` = q + ramp * q: exactly 0 where q > p, however small the rest."""
+        if log_mass is None:
+            ramp = log_ratio.clamp(-self.tie, self.tie)
+        else:
+            ramp = (log_ratio + log_mass.unsqueeze(1)).clamp_(-self.tie, self.tie)
+        return torch.addcmul(q, ramp, q, value=1 / self.tie, out=ramp)
+
+    def _write_top(self, total: Tensor, values: Tensor) -> None:
+        """Put the gradient of each row's column of q's maximum where that column is in this block."""
+        column = self.out.draft_argmax - self.rows.first_column
+        inside = (column >= 0) & (column < total.shape[1])
+        column = torch.where(inside, column, 0).unsqueeze(1)
+        values = values.unsqueeze(1)
+        total.scatter_(1, column, torch.where(inside.unsqueeze(1), values, total.gather(1, column)))
+
+    def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """log q and log p of some rows."""
+        out = self.out
+        log_q = self.z[rows] - out.draft_log_total[rows].unsqueeze(1)
+        log_p = self.t[rows] - (out.target_log_total[rows] - out.log_mass[rows]).unsqueeze(1)
+        return log_q, log_p
+
+    def _careful_acceptance(self, rows: Tensor, w_top: Tensor) -> None:
+        """log alpha, sigma and the gradient at the maximum in log space, where no term underflows before it is
+        compared. No digits are lost at the maximum: alpha is far from 1."""
+        out = self.out
+        log_q, log_p = self._log_probs(rows)
+        at = out.draft_argmax[rows].unsqueeze(1)
+        log_alpha = torch.minimum(log_q, log_p).logsumexp(1)
+        w_r = _w_r(log_q, log_p, log_alpha, self.tie)
+        r_top = (torch.minimum(log_q, log_p).gather(1, at).squeeze(1) - _finite(log_alpha)).clamp_(max=0.0).exp_()
+        w_r.scatter_(1, at, (w_top[rows] * r_top).unsqueeze(1))
+        out.log_acceptance[rows] = log_alpha
+        out.sigma[rows] = w_r.sum(1)
+        out.top_log_acceptance[rows] = _at(w_r, at.squeeze(1)) - out.sigma[rows] * _at(log_q, at.squeeze(1)).exp()
+
+    def _careful_kl(self, rows: Tensor) -> None:
+        """KL where some log q are -inf: only those count that the target may say."""
+        log_q, _ = self._log_probs(rows)
+        log_pt = self.t[rows] - self.out.target_log_total[rows].unsqueeze(1)
+        pt = log_pt.exp()
+        self.out.kl[rows] = torch.where(pt == 0, 0.0, pt * (log_pt - log_q)).sum(1)
+
+    def _careful_gradient(self, rows: Tensor, d_log_alpha: Tensor, d_kl: Tensor) -> Tensor:
+        log_q, log_p = self._log_probs(rows)
+        out = self.out
+        q, pt = log_q.exp(), (log_p - out.log_mass[rows].unsqueeze(1)).exp()
+        d_alpha_z = _w_r(log_q, log_p, out.log_acceptance[rows], self.tie) - out.sigma[rows].unsqueeze(1) * q
+        return d_kl.unsqueeze(1) * (q - pt) + d_log_alpha.unsqueeze(1) * d_alpha_z
+
+
+def _w_r(log_q: Tensor, log_p: Tensor, log_alpha: Tensor, tie: float) -> Tensor:
+    """`w r`; selected before it is exponentiated, because 0 * exp(large) is not 0. 0 where alpha is 0."""
+    smaller = torch.minimum(log_q, log_p)
+    log_r = torch.where(smaller == NEG_INF, NEG_INF, smaller - _finite(log_alpha).unsqueeze(1))
+    # Where both are -inf their difference is NaN, and r is 0.
+    ramp = torch.where(smaller == NEG_INF, 0.0, log_p - log_q).clamp_(-tie, tie).div_(tie)
+    return (1 + ramp).mul_(0.5).mul_(log_r.clamp_(max=0.0).exp_())
+
+
+def _top_weight(log_q: Tensor, log_p: Tensor, tie: float) -> Tensor:
+    """w of the column of q's maximum: the ramp over the relative difference of log q and log p, both near 0 there."""
+    width = torch.maximum(log_q.abs(), log_p.abs()).mul_(tie).clamp_(min=torch.finfo(log_q.dtype).tiny)
+    ramp = torch.where(log_p == NEG_INF, -1.0, (log_p - log_q) / width)
+    return ramp.clamp_(-1, 1).add_(1).mul_(0.5)
+
+
+def _top_and_rest(probs: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probability of each row, and the sum of all others; that one is exact however near 1 the largest is."""
+    at = at.unsqueeze(1)
+    top = probs.gather(1, at)
+    rest = probs.scatter_(1, at, 0.0).sum(1)
+    probs.scatter_(1, at, top)
+    return top.squeeze(1), rest
+
+
+def _log_total(top: Tensor, rest: Tensor) -> Tensor:
+    """-log of the largest probability."""
+    return torch.where(rest < 0.5, -torch.log1p(-rest), -top.log())
+
+
+def _exp_minus(x: Tensor, log_total: Tensor) -> Tensor:
+    """exp(x - log_total) of any columns `x`, relative to their row's maximum, that `log_total` `[b]` is of.
+
+    As softmax(x) * exp(logsumexp(x) - log_total): `torch.softmax` takes max, exp, sum and quotient in less time than
+    `torch.exp` alone (0.38 against 0.60 ns an element; AMD EPYC, one thread), and the sum's rounding cancels.
+    """
+    probs = torch.softmax(x, 1)
+    top = x.amax(1)
+    impossible = top == NEG_INF
+    factor = torch.where(impossible, 0.0, (top - log_total).exp_() / probs.amax(1))
+    if _any(impossible):
+        probs.masked_fill_(impossible.unsqueeze(1), 0.0)
+    return probs.mul_(factor.unsqueeze(1))
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """`x[i, index[i]]`."""
+    return x.gather(1, index.unsqueeze(1)).squeeze(1)
+
+
+def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum of each row and the lowest index that has it.
+
+    `torch.argmax` is not vectorised on the CPU; a maximum of 128-wide groups and an argmax over those is (ten times
+    faster at V = 32,000).
+    """
+    size = x.shape[1]
+    group = 128
+    if size < 8 * group:
+        return torch.max(x, 1)
+    whole = size // group * group
+    tops = x[:, :whole].unflatten(1, (-1, group)).amax(2)
+    if whole < size:
+        tops = torch.cat([tops, x[:, whole:].amax(1, keepdim=True)], 1)
+    top, at = tops.max(1)
+    # The last group is shifted to end at `size`; its first columns belong to a group that came earlier and lost.
+    first = (at * group).clamp_(max=size - group)
+    columns = first.unsqueeze(1) + torch.arange(group, device=x.device)
+    return top, first + x.gather(1, columns).argmax(1)
+
+
+def _centred(x: Tensor, top: Tensor, scale: float) -> Tensor:
+    centred = x - _finite(top).unsqueeze(1)
+    return centred if scale == 1.0 else centred.mul_(scale)
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
+    n, size = x.shape
+    step = max(1, BLOCK_ELEMENTS // max(size, 1))
+    return ((start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _finite(x: Tensor) -> Tensor:
+    """0 for -inf, so that -inf - x stays -inf."""
+    return torch.where(x == NEG_INF, 0.0, x)
+
+
+def _any(mask: Tensor) -> bool:
+    """Whether any row needs another path; free on a CPU. (Memory accounting on fake tensors answers False.)"""
+    return bool(mask.any())
