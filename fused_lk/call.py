@@ -25,7 +25,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "draft_temperature": partial(validation.number, "draft_temperature", above=0),
     "workspace_mb": plan.workspace_bytes,
     "logits_dtype": validation.wide_logits,
-    "skip_masked": bool,
+    "skip_masked": partial(validation.flag, "skip_masked"),
 }
 
 
@@ -93,6 +93,7 @@ def linear(
 ) -> Call:
     """A call whose draft is hidden states and an `lm_head`."""
     validation.tensor("draft_lm_head_weight", weight, ndim=2, dtypes=validation.FLOATS)
+    validation.not_empty("draft_lm_head_weight", weight, vocabulary=0, hidden_size=1)
     sources, shape = _sources("draft_hidden", hidden)
     device = sources[0].device
     validation.same_device(device, draft_lm_head_weight=weight)
@@ -124,6 +125,7 @@ def linear(
 def from_logits(logits: Tensor | Sequence[Tensor], target: Target, **options: Any) -> Call:
     """A call whose draft is logits in hand."""
     sources, shape = _sources("draft_logits", logits)
+    validation.not_empty("draft_logits", sources[0], vocabulary=-1)
     return _call(sources, DraftTensors(len(sources), False), shape, sources[0].shape[-1], target, **options)
 
 
@@ -143,6 +145,7 @@ def _call(
     draft_temperature: float,
     impl: str,
     workspace_mb: float | str,
+    by_position: bool = False,
 ) -> Call:
     CHECKS["impl"](impl)
     CHECKS["draft_temperature"](draft_temperature)
@@ -165,6 +168,8 @@ def _call(
             if isinstance(x, Tensor):
                 validation.shape(name, x, shape, "the draft's shape without its last dimension")
                 validation.same_device(device, **{name: x})
+        if by_position and positions is None and draft.num_sources > 1:
+            positions, num_positions = _steps(shape, num_positions, device)
         pairs = Pairs(mask, target_rows, positions, num_positions, skip_masked=skip_masked)
     else:
         if not isinstance(pairs, Pairs):
@@ -182,9 +187,31 @@ def _call(
             validation.fail(f"pairs on {device}, where the draft is", f"pairs on {pairs.device}", "Build them there.")
     num_rows = sum(x.shape[:-1].numel() for x in tensors[: draft.num_sources])
     pairs.check_target(num_rows, target.num_tokens, target.computed)
+    if validation.checks_contents(tensors[0], only_if_asked=True):
+        counted = (pairs.dense(num_rows, device)[0] > 0).view(draft.num_sources, num_rows // draft.num_sources)
+        name = "draft_hidden" if draft.linear else "draft_logits"
+        for k, (x, of_source) in enumerate(zip(tensors, counted, strict=False)):
+            which = name if draft.num_sources == 1 else f"{name}[{k}]"
+            validation.finite_rows(which, x.detach(), logits=not draft.linear, counted=of_source)
     return Call(
         tensors, draft, shape, target, pairs, impl, float(draft_temperature), plan.workspace_bytes(workspace_mb)
     )
+
+
+def _steps(shape: tuple[int, ...], num_positions: int | None, device: torch.device) -> tuple[Tensor | None, int | None]:
+    """The draft position of each row of a list: tensor k is position k, unless one position was asked for."""
+    steps = shape[0]
+    given = steps if num_positions is None else validation.integer("num_positions", num_positions)
+    if given == 1:
+        return None, 1
+    if given != steps:
+        validation.fail(
+            f"num_positions={steps}, one per tensor of the list, or 1 for all of them together",
+            f"num_positions={given}",
+            "Pass positions to place the rows otherwise.",
+        )
+    step = torch.arange(steps, device=device).view(steps, *(1 for _ in shape[1:]))
+    return step.expand(shape), steps
 
 
 def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -193,9 +220,8 @@ def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor,
         validation.tensor(name, given, min_ndim=1, dtypes=validation.FLOATS)
         return (given,), tuple(given.shape[:-1])
     if not isinstance(given, list | tuple) or not given:
-        validation.fail(
-            f"{name} to be a tensor or a non-empty list of tensors", given, "Pass one tensor per TTT step.", TypeError
-        )
+        remedy = validation.instead(given, "Pass one tensor per TTT step.")
+        validation.fail(f"{name} to be a tensor or a non-empty list of tensors", given, remedy, TypeError)
     for k, x in enumerate(given):
         validation.tensor(f"{name}[{k}]", x, min_ndim=1, dtypes=[given[0].dtype] if k else validation.FLOATS)
         validation.shape(f"{name}[{k}]", x, tuple(given[0].shape), f"the shape of {name}[0]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -115,16 +116,37 @@ def explain(
     Raises:
         TypeError, ValueError: unknown names, sizes out of range, a plan that cannot serve the request.
     """
-    for name, size, least in (
-        ("num_tokens", num_tokens, 0),
-        ("hidden_size", hidden_size, 1),
-        ("draft_vocab_size", draft_vocab_size, 1),
-        ("ttt_steps", ttt_steps, 1),
+    num_tokens = validation.integer("num_tokens", num_tokens, minimum=0)
+    hidden_size = validation.integer("hidden_size", hidden_size)
+    draft_vocab_size = validation.integer("draft_vocab_size", draft_vocab_size)
+    ttt_steps = validation.integer("ttt_steps", ttt_steps)
+    if target_vocab_size is None:
+        target_vocab_size = draft_vocab_size
+    target_vocab_size = validation.integer("target_vocab_size", target_vocab_size)
+    if draft_vocab_size > target_vocab_size:
+        validation.fail(
+            "draft_vocab_size <= target_vocab_size (the draft's vocabulary is a subset of the target's)",
+            f"{draft_vocab_size} draft tokens of {target_vocab_size}",
+            "Draft first, then target; trim padded rows of the draft's head.",
+        )
+    if target_hidden_size is None:
+        target_hidden_size = hidden_size
+    target_hidden_size = validation.integer("target_hidden_size", target_hidden_size)
+    for name, value in (
+        ("normalizer_given", normalizer_given),
+        ("frozen_head", frozen_head),
+        ("frozen_hidden", frozen_hidden),
     ):
-        validation.number(name, size, minimum=least)
+        validation.flag(name, value)
     validation.choice("target", target, TARGET_KINDS)
     validation.choice("device", device, ("cpu", "cuda"))
-    if validation.number("masked_share", masked_share, minimum=0) > 1:
+    validation.choice("impl", impl, ("auto", "triton", "torch"))
+    if dtype not in validation.FLOATS:
+        validation.fail("dtype to be a floating point torch.dtype", dtype, "Pass torch.bfloat16, say.", TypeError)
+    if pairs is not None:
+        _check_pairs(pairs, ttt_steps * num_tokens, num_tokens, masked_share)
+    masked_share = validation.number("masked_share", masked_share, minimum=0)
+    if masked_share > 1:
         validation.fail("masked_share in [0, 1]", masked_share, "Pass the share of tokens that do not count.")
     options = LossOptions(objective, lambda_per=lambda_per, kl_weight=kl_weight, reduction=reduction)
     obstacle = options.obstacle_to_one_pass
@@ -135,13 +157,13 @@ def explain(
         num_sources=ttt_steps,
         num_targets=num_tokens,
         hidden_size=hidden_size,
-        target_hidden_size=hidden_size if target_hidden_size is None else target_hidden_size,
+        target_hidden_size=target_hidden_size,
         draft_vocab_size=draft_vocab_size,
-        target_vocab_size=draft_vocab_size if target_vocab_size is None else target_vocab_size,
+        target_vocab_size=target_vocab_size,
         target=target,
         normalizer_given=normalizer_given,
         dtype=dtype,
-        logits_dtype=None if logits_dtype == "compute" else torch.float32,
+        logits_dtype=validation.wide_logits(logits_dtype),
         needs_hidden=not frozen_hidden,
         needs_weight=not frozen_head,
         row_operations="torch" if impl == "torch" or (impl == "auto" and device == "cpu") else "triton",
@@ -176,6 +198,20 @@ def _plan_reason(requested: str, obstacle: str | None) -> str:
     if obstacle is not None:
         return f"recompute: one pass cannot serve {obstacle}"
     return "one pass: the factor of each row's gradient is known in the forward; a product less than recompute"
+
+
+def _check_pairs(pairs: Pairs, num_rows: int, num_targets: int, masked_share: float) -> None:
+    if not isinstance(pairs, Pairs):
+        validation.fail("pairs to be a fused_lk.Pairs", pairs, "Build Pairs(mask, ...).", TypeError)
+    if masked_share != 0:
+        validation.fail("pairs or masked_share", "both", "Leave masked_share out: the pairs say what counts.")
+    if pairs.shape is not None and math.prod(pairs.shape) != num_rows:
+        validation.fail(
+            f"pairs of ttt_steps * num_tokens = {num_rows} rows",
+            f"pairs of shape {pairs.shape}",
+            "num_tokens counts the draft rows of one step.",
+        )
+    pairs.check_target(num_rows, num_targets, None)
 
 
 def _pairs(num_tokens: int, steps: int, masked_share: float) -> Pairs:

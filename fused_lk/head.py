@@ -26,6 +26,7 @@ class TargetHead:
 
     def __init__(self, lm_head_weight: Tensor, vocab: DraftVocab | None = None, bias: Tensor | None = None) -> None:
         validation.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=validation.FLOATS)
+        validation.not_empty("lm_head_weight", lm_head_weight, vocabulary=0, hidden_size=1)
         check_vocab(vocab, lm_head_weight.shape[0], "lm_head_weight")
         if bias is not None:
             validation.tensor("bias", bias, dtypes=[lm_head_weight.dtype])

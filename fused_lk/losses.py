@@ -45,7 +45,8 @@ def lk_divergences(
         target: what the draft is scored against; see `Target`.
         bias: optional `[V_draft]`.
         draft_temperature: > 0, divides the draft's logits.
-        mask: bool, or weights >= 0, `[...]`; rows of 0 are ignored. (Weights do not scale the primitive.)
+        mask: bool, integers 0 and 1, or float weights >= 0, `[...]`; rows of 0 are ignored. (Weights do not scale the
+            primitive.)
         target_rows: int64 `[...]`, row of the flattened target for each draft row; -1 ignores. Default: row i.
         pairs: a `Pairs` instead of `mask` and `target_rows`, to build it once.
         skip_masked: False keeps ignored rows in the matrix products, and spares the host synchronisation.
@@ -156,12 +157,16 @@ def lk_loss(
         kl_weight: lambda itself, >= 0, instead of the formula: a float, `[num_positions]`, or one per token of the
             draft's shape (a shape that is both counts as `[num_positions]`). It receives no gradient.
         mask: weights enter the loss, lambda's mean acceptance, and the metrics alike.
-        positions: int64 `[...]`, draft position (TTT step, 0-based) of each row; needs `num_positions` = K.
-        position_decay: position k counts `position_decay ** k` (paper: 0.8); in "mean" and "sum".
+        positions: int64 `[...]`, draft position (TTT step, 0-based) of each row; needs `num_positions` = K. Default:
+            tensor k of a list is position k (`num_positions=1` takes a list as one position), and a tensor is one
+            position. With `pairs`, its positions count and nothing else.
+        position_decay: position k counts `position_decay ** k` (paper: 0.8); in "mean" and "sum". A single position is
+            position 0, which counts 1.
         reduction: "mean" = sum_k decay^k * (weighted sum over position k) / denominator_k; "position" = these K means,
             not decayed; "sum" = "mean" without dividing; "none" = one weighted loss per token, 0 where ignored.
-        denominator: instead of the position's sum of weights: a float or `[K]`, > 0 (the count of the whole batch under
-            gradient accumulation or data parallelism). Tokens that the target cannot answer are in the sum of weights.
+        denominator: instead of the position's sum of weights: a number or a tensor, scalar or `[K]`, float or integer,
+            > 0 (the count of the whole batch under gradient accumulation or data parallelism). Tokens that the target
+            cannot answer are in the sum of weights.
         plan: "one_pass" makes gradients in the forward (3 draft GEMMs; holds them until the backward), "recompute"
             makes logits again in the backward (4), "auto" takes one pass wherever it can serve.
 
@@ -185,6 +190,7 @@ def lk_loss(
             target_rows=target_rows,
             positions=positions,
             num_positions=num_positions,
+            by_position=True,
             pairs=pairs,
             skip_masked=skip_masked,
             draft_temperature=draft_temperature,
@@ -232,6 +238,7 @@ def lk_loss_from_logits(
             target_rows=target_rows,
             positions=positions,
             num_positions=num_positions,
+            by_position=True,
             pairs=pairs,
             skip_masked=skip_masked,
             draft_temperature=draft_temperature,

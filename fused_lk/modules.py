@@ -49,7 +49,7 @@ class LKLoss(nn.Module):
             validation.fail("options of lk_loss", ", ".join(unknown), known, TypeError)
         for name, value in call_options.items():
             CHECKS[name](value)
-        self.call_options = call_options
+        self.call_options = {name: validation.scalar(value) for name, value in call_options.items()}
 
     def forward(
         self, draft_hidden: Tensor | Sequence[Tensor], draft_lm_head_weight: Tensor, target: Target, **inputs: Any

@@ -20,8 +20,8 @@ class LossOptions:
     """What is minimised and how tokens are reduced; see `fused_lk.lk_loss` for the meaning of each.
 
     Raises:
-        TypeError, ValueError: an unknown name, a number out of range, a tensor of the wrong dtype, or, on the CPU, with
-            a negative entry (contents on a device are not read: that would synchronise).
+        TypeError, ValueError: an unknown name, a number out of range, a tensor of the wrong dtype or with an entry out
+            of range (contents on a device are read with FUSED_LK_VALIDATE=1 only: that synchronises).
     """
 
     objective: str = "lambda"
@@ -37,25 +37,36 @@ class LossOptions:
         validation.choice("objective", self.objective, OBJECTIVES)
         validation.choice("lambda_per", self.lambda_per, LAMBDA_PER)
         validation.choice("reduction", self.reduction, REDUCTIONS)
-        validation.number("eta", self.eta, minimum=0)
-        validation.number("position_decay", self.position_decay, minimum=0)
-        if validation.number("kl_scale", self.kl_scale, minimum=0) > 1:
+        for name in ("eta", "position_decay", "kl_scale"):
+            self._keep(name, validation.number(name, getattr(self, name), minimum=0))
+        if self.kl_scale > 1:
             warnings.warn(
                 f"kl_scale={self.kl_scale:g} can make lambda exceed 1, where the TV term changes sign and acceptance "
                 "is pushed down; use kl_scale <= 1.",
                 stacklevel=4,
             )
-        for name in ("kl_weight", "denominator"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                validation.tensor(name, value, dtypes=validation.FLOATS)
-                validation.non_negative(name, value)
-            elif value is not None:
-                validation.number(name, value, minimum=0)
+        if isinstance(self.kl_weight, Tensor):
+            validation.tensor("kl_weight", self.kl_weight, dtypes=validation.FLOATS)
+            validation.non_negative("kl_weight", self.kl_weight)
+        elif self.kl_weight is not None:
+            self._keep("kl_weight", validation.number("kl_weight", self.kl_weight, minimum=0))
+        # A count of 0 would make the loss 0 without a word; a position without tokens adds 0 with any denominator.
+        if isinstance(self.denominator, Tensor):
+            validation.tensor("denominator", self.denominator, dtypes=(*validation.FLOATS, *validation.INTEGERS))
+            validation.positive(
+                "denominator", self.denominator, "For counts that may be 0 use denominator.clamp(min=1)."
+            )
+        elif self.denominator is not None:
+            remedy = "For a count that may be 0 use max(denominator, 1)."
+            self._keep("denominator", validation.number("denominator", self.denominator, above=0, remedy=remedy))
         if self.kl_weight is not None and self.objective != "lambda":
             validation.fail(
                 'kl_weight with objective="lambda" only', f"objective={self.objective!r}", "Leave kl_weight out."
             )
+
+    def _keep(self, name: str, value: float) -> None:
+        """Python's number in the place of NumPy's, which operators would refuse."""
+        object.__setattr__(self, name, value)
 
     @property
     def waits_for_batch(self) -> bool:

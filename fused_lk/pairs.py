@@ -22,20 +22,23 @@ class Pairs:
     """The supervised (draft row, target row) pairs of a batch, sorted by target row. Build once, use many times.
 
     Args:
-        mask: bool, or float weights >= 0, `[...]` = the draft hidden states' shape without the last dimension;
-            False or 0 ignores the row. Default: every row counts 1.
+        mask: bool, integers 0 and 1 (as tokenizers give an attention mask), or float weights >= 0, `[...]` = the draft
+            hidden states' shape without the last dimension; False or 0 ignores the row. Default: every row counts 1.
         target_rows: int64, same shape: row of the *flattened* target that each draft row is scored against,
             -1 ignores the row. Default: row i against row i.
         positions: int64, same shape: draft position (TTT step) of each row, 0-based.
-        num_positions: how many positions there are; required with `positions`.
+        num_positions: how many positions there are; required with `positions`, and 1 without.
         skip_masked: compact the rows, at the price of one host synchronisation here. False keeps every row (no
             synchronisation, static shapes, as CUDA graphs need) and gives ignored rows exact zeros after the GEMMs;
-            contents are then not checked. Under `torch.compile` rows are compacted inside the loss's operator, and
-            the target rows' range is all that is checked.
+            contents on a device are then checked with FUSED_LK_VALIDATE=1 only. Under `torch.compile` rows are
+            compacted inside the loss's operator, and the target rows' range is all that is checked.
+
+    Nothing of the caller's is kept: tensors that change later change no pairs.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; negative or NaN weights; target rows below -1;
-            positions outside `[0, num_positions)`; `positions` without `num_positions`.
+        TypeError, ValueError: wrong dtypes, shapes or devices; negative or NaN weights; integer masks of other than 0
+            and 1; target rows below -1; positions outside `[0, num_positions)`; one of `positions` and
+            `num_positions` without the other.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Pairs:
         inputs = {"mask": mask, "target_rows": target_rows, "positions": positions}
         given = {name: x for name, x in inputs.items() if x is not None}
         for name, x in given.items():
-            dtypes = (torch.bool, *validation.FLOATS) if name == "mask" else (torch.int64,)
+            dtypes = (*validation.MASKS, *validation.FLOATS) if name == "mask" else (torch.int64,)
             validation.tensor(name, x, dtypes=dtypes)
         first, like = next(iter(given.items()), ("", torch.empty(0)))
         for name, x in given.items():
@@ -60,25 +63,26 @@ class Pairs:
             validation.fail(
                 "num_positions with positions", "positions alone", "Pass num_positions, the number of draft positions."
             )
-        if num_positions is not None and (
-            isinstance(num_positions, bool) or not isinstance(num_positions, int) or num_positions < 1
-        ):
-            validation.fail("num_positions to be a positive int", num_positions, "Pass the number of draft positions.")
+        num_positions = 1 if num_positions is None else validation.integer("num_positions", num_positions)
+        if positions is None and num_positions > 1:
+            validation.fail(
+                "positions with num_positions > 1", "num_positions alone", "Pass the position of each row, or a list."
+            )
 
-        self.num_positions = num_positions or 1
+        self.num_positions = num_positions
         self.shape = tuple(like.shape) if given else None
         self.device = like.device if given else None
         self.is_identity = mask is None and target_rows is None
-        self.skip_masked = skip_masked
+        self.skip_masked = validation.flag("skip_masked", skip_masked)
         self._names_targets = target_rows is not None  # then the target may have more rows than the draft
         flat = {name: x.detach().reshape(-1) for name, x in given.items()}
         mask, target_rows, positions = (flat.get(name) for name in ("mask", "target_rows", "positions"))
-        weights = None if mask is None or mask.dtype == torch.bool else mask
+        weights = mask if mask is not None and mask.is_floating_point() else None
         if torch.compiler.is_compiling():
             self._keep(mask, target_rows, positions, weights)
             return
         with torch.inference_mode(False):  # pairs made during an evaluation serve in training too
-            if skip_masked:
+            if self.skip_masked:
                 self._compact(mask, target_rows, positions, weights)
             else:
                 self._keep(mask, target_rows, positions, weights)
@@ -99,7 +103,7 @@ class Pairs:
         sequence has not ended. (EAGLE-3: row t has seen tokens up to t + 1 + k: shift 1.)
 
         Args:
-            loss_mask: bool, or weights >= 0, `[B, S]`: the tokens that count as predictions.
+            loss_mask: bool, integers 0 and 1, or weights >= 0, `[B, S]`: the tokens that count as predictions.
             steps: number of TTT steps K, each a draft position.
             shift: target row less draft row in step 0, >= 0.
             sequence_ids: int64 `[B, S]`, for packed rows: a pair stays inside one sequence.
@@ -112,8 +116,7 @@ class Pairs:
             TypeError, ValueError: wrong types, shapes, devices or sizes.
         """
         _check_tokens(loss_mask, sequence_ids)
-        _check_size("steps", steps, 1)
-        _check_size("shift", shift, 0)
+        steps, shift = validation.integer("steps", steps), validation.integer("shift", shift, minimum=0)
         batch, length = loss_mask.shape
         step, sequence, own = torch.meshgrid(
             *(torch.arange(n, device=loss_mask.device) for n in (steps, batch, length)), indexing="ij"
@@ -150,12 +153,12 @@ class Pairs:
             TypeError, ValueError: wrong types, shapes, devices or sizes; anchors outside `[-1, S)`.
         """
         _check_tokens(loss_mask, sequence_ids)
-        _check_size("block_size", block_size, 1)
+        block_size = validation.integer("block_size", block_size)
         batch, length = loss_mask.shape
         validation.tensor("anchors", anchors, ndim=2, dtypes=[torch.int64])
         validation.shape("anchors", anchors, (batch, anchors.shape[1]), "a row for each row of loss_mask")
         validation.same_device(loss_mask.device, anchors=anchors)
-        if skip_masked and bool(((anchors < -1) | (anchors >= length)).any()):
+        if validation.checks_contents(anchors) and bool(((anchors < -1) | (anchors >= length)).any()):
             validation.fail(f"anchors in [-1, {length})", "an entry outside", "They are rows of loss_mask; -1: none.")
         sequence, block, element = torch.meshgrid(
             *(torch.arange(n, device=anchors.device) for n in (batch, anchors.shape[1], block_size)), indexing="ij"
@@ -200,26 +203,20 @@ class Pairs:
         self._layouts: dict[tuple[int, ...], Layout] = {}
         if self.shape is None:
             return
-        device = self.device
-        reports = [torch.zeros((), dtype=torch.bool, device=device)] * 3
-        if weights is not None:
-            reports[0] = ~(torch.isfinite(weights) & (weights >= 0)).all()
-        if target_rows is not None:
-            reports[1] = (target_rows < -1).any()
-        if positions is not None:
-            reports[2] = ((positions < 0) | (positions >= self.num_positions)).any()
-        report = torch.stack(reports).long()
         if self.is_identity:
-            self._check(report.cpu().numpy())
+            self._check_where_read(mask, target_rows, positions)
+            assert positions is not None
+            self.positions = positions.clamp(0, self.num_positions - 1)  # a copy
             return
+        device, bad = self.device, self._bad(mask, target_rows, positions)
         num_rows = next(x for x in (mask, target_rows) if x is not None).shape[0]
         rows = torch.arange(num_rows, device=device) if target_rows is None else target_rows
         key = torch.where(rows >= 0, rows, _IGNORED)
         if mask is not None:
             key = torch.where(mask > 0, key, _IGNORED)
         key, order = torch.sort(key, stable=True)
-        host = torch.cat([report, key, order]).cpu().numpy()  # the one synchronisation
-        self._check(host[:3])
+        host = torch.cat([bad.long(), key, order]).cpu().numpy()  # the one synchronisation
+        self._refuse(host[:3], mask)
         self._host_targets, self._host_draft = host[3 : 3 + num_rows], host[3 + num_rows :]
         count = int(np.searchsorted(self._host_targets, _IGNORED))
         self._host_targets, self._host_draft = self._host_targets[:count], self._host_draft[:count]
@@ -237,6 +234,7 @@ class Pairs:
     def _keep(
         self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None, weights: Tensor | None
     ) -> None:
+        self._check_where_read(mask, target_rows, positions)
         self.draft_rows = None
         self.target_rows = None if target_rows is None else target_rows.clamp(min=0)
         self.valid = None if mask is None else mask > 0
@@ -249,14 +247,35 @@ class Pairs:
         self.positions = None if positions is None else positions.clamp(0, self.num_positions - 1)
         self._layouts = {}
 
-    def _check(self, report: np.ndarray) -> None:
-        if report[0]:
+    def _bad(self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None) -> Tensor:
+        """bool `[3]`: whether each holds what it may not."""
+        bad = [torch.zeros((), dtype=torch.bool, device=self.device)] * 3
+        if mask is not None and mask.is_floating_point():
+            bad[0] = ~(torch.isfinite(mask) & (mask >= 0)).all()
+        elif mask is not None and mask.dtype != torch.bool:
+            bad[0] = ((mask != 0) & (mask != 1)).any()
+        if target_rows is not None:
+            bad[1] = (target_rows < -1).any()
+        if positions is not None:
+            bad[2] = ((positions < 0) | (positions >= self.num_positions)).any()
+        return torch.stack(bad)
+
+    def _check_where_read(self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None) -> None:
+        """Refuse wrong contents where nothing else reads them."""
+        first = next((x for x in (mask, target_rows, positions) if x is not None), None)
+        if first is not None and validation.checks_contents(first):
+            self._refuse(self._bad(mask, target_rows, positions).cpu().numpy(), mask)
+
+    def _refuse(self, bad: np.ndarray, mask: Tensor | None) -> None:
+        if bad[0] and mask is not None and not mask.is_floating_point():
+            validation.fail("an integer mask of 0 and 1", "another entry", "Pass mask > 0, or weights as floats.")
+        if bad[0]:
             validation.fail(
                 "mask weights that are finite and >= 0", "a negative, infinite or NaN weight", "Use 0 to ignore."
             )
-        if report[1]:
+        if bad[1]:
             validation.fail("target_rows >= -1", "an entry below -1", "Use -1 to ignore a row.")
-        if report[2]:
+        if bad[2]:
             validation.fail(
                 f"positions in [0, {self.num_positions})",
                 "an entry outside",
@@ -302,30 +321,38 @@ class Pairs:
             ValueError: an identity list of another length than the target, a row out of range, a row left out by
                 the target's own mask.
         """
-        if self.target_rows is None and not self._names_targets:
-            if num_rows != num_targets:
-                validation.fail(
-                    f"as many target rows as draft rows ({num_rows}) without target_rows",
-                    f"{num_targets} target rows",
-                    "Pass target_rows: for each draft row, the row of the flattened target.",
-                )
-            used = np.arange(0 if computed is None or self.valid is not None else num_rows)
-        elif not self.skip_masked or self.num_pairs == 0 or torch.compiler.is_compiling():
+        if self.target_rows is None and not self._names_targets and num_rows != num_targets:
+            validation.fail(
+                f"as many target rows as draft rows ({num_rows}) without target_rows",
+                f"{num_targets} target rows",
+                "Pass target_rows: for each draft row, the row of the flattened target.",
+            )
+        if torch.compiler.is_compiling() or (computed is None and not self._names_targets):
             return
-        else:
-            used = self._host_targets
-            if used[-1] >= num_targets:
-                validation.fail(
-                    f"target_rows below {num_targets}, the number of rows of the flattened target",
-                    f"a target row {int(used[-1])}",
-                    "Use -1 for rows that have no target.",
-                )
+        used = self._used_targets(num_rows)
+        if len(used) and used.max() >= num_targets:
+            validation.fail(
+                f"target_rows below {num_targets}, the number of rows of the flattened target",
+                f"a target row {int(used.max())}",
+                "Use -1 for rows that have no target.",
+            )
         if computed is not None and not computed[used].all():
             validation.fail(
                 "every supervised pair's target row inside the target's own mask",
                 f"{int((~computed[used]).sum())} pair(s) outside",
                 "Pass Target.from_hidden a mask that covers them.",
             )
+
+    def _used_targets(self, num_rows: int) -> np.ndarray:
+        """The target row of each pair; none where that would have to be read from a device."""
+        if self.draft_rows is not None:
+            return self._host_targets
+        if self.valid is None:
+            return np.arange(num_rows)
+        if not validation.checks_contents(self.valid):
+            return np.arange(0)
+        rows = torch.arange(num_rows, device=self.device) if self.target_rows is None else self.target_rows
+        return rows[self.valid].cpu().numpy()
 
     def row_layout(self, num_rows: int, device: torch.device) -> Layout:
         """Every draft row as a pair of its own, without chunks: what is left to do around an operator's results."""
@@ -352,13 +379,8 @@ class Pairs:
 
 
 def _check_tokens(loss_mask: Tensor, sequence_ids: Tensor | None) -> None:
-    validation.tensor("loss_mask", loss_mask, ndim=2, dtypes=(torch.bool, *validation.FLOATS))
+    validation.tensor("loss_mask", loss_mask, ndim=2, dtypes=(*validation.MASKS, *validation.FLOATS))
     if sequence_ids is not None:
         validation.tensor("sequence_ids", sequence_ids, dtypes=[torch.int64])
         validation.shape("sequence_ids", sequence_ids, tuple(loss_mask.shape), "one per row of loss_mask")
         validation.same_device(loss_mask.device, sequence_ids=sequence_ids)
-
-
-def _check_size(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        validation.fail(f"{name} to be an int >= {minimum}", value, "Pass a Python int.")

@@ -49,9 +49,9 @@ class Chunking:
 
 def workspace_bytes(workspace_mb: float | str) -> int | None:
     """The bound in bytes; None for "auto"."""
-    if workspace_mb == "auto":
-        return None
     if isinstance(workspace_mb, str):
+        if workspace_mb == "auto":
+            return None
         validation.fail('workspace_mb to be "auto" or a number', workspace_mb, "Pass a size in MiB.", TypeError)
     return int(validation.number("workspace_mb", workspace_mb, above=0) * MIB)
 

@@ -30,7 +30,8 @@ class Target:
         draft_vocab_size: size of the vocabulary that the draft's logits must have.
         log_normalizer: `[...]`, logsumexp over the full target vocabulary of logits / temperature (0 for probabilities
             and top-k; NaN for rows that `mask` leaves out).
-        token_ids: int64 `[...]`, the target's argmax as target ids; None where it was neither given nor computed.
+        token_ids: int64 `[...]`, the target's argmax as target ids, -1 where it was given as not known; None where it
+            was neither given nor computed.
         in_draft_vocab: bool `[...]`, whether that argmax is in the draft vocabulary; None like `token_ids`.
 
     A target is a constant: nothing in it receives a gradient, and what requires one is refused.
@@ -46,7 +47,7 @@ class Target:
     ) -> None:
         self.tiles, self.shape, self.vocab = tiles, tuple(shape), vocab
         self.temperature = validation.number("temperature", temperature, above=0)
-        self.renormalize = bool(renormalize)
+        self.renormalize = validation.flag("renormalize", renormalize)
         self.computed: np.ndarray | None = None  # host bool [num_tokens]: the rows that `mask` left in; None: all
         # What a walk takes, flat. None: p is the softmax of the tile; the argmax is not known, or that of the tile.
         self._normalizer: Normalizer | None = None
@@ -99,9 +100,11 @@ class Target:
         Args:
             hidden: `[..., H_target]`, of the head's dtype (under `torch.autocast` both are cast, as by `F.linear`).
             head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=` and `bias=`.
-            mask: optional bool `[...]`; rows with False are not computed and may not be used by any pair.
+            mask: optional bool (or integers 0 and 1) `[...]`; rows with False are not computed and may not be used by
+                any pair.
             log_normalizer, token_ids: optional `[...]`, if known (from an inference engine): then no pass is made.
-                With `log_normalizer` alone accuracy is not known and reported as NaN.
+                With `log_normalizer` alone accuracy is not known and reported as NaN. An id of -1 is not known: it
+                counts as wrong in accuracy, and as outside the draft vocabulary.
             cache: keep the draft-vocabulary logits of that same pass, `[rows, V_draft]`: no second target GEMM, at
                 that much memory (the one place where full logits exist).
             temperature: of the target's softmax, > 0.
@@ -114,12 +117,12 @@ class Target:
         """
         validation.choice("impl", impl, IMPLS)
         plan.workspace_bytes(workspace_mb)
+        cache = validation.flag("cache", cache)
         if isinstance(head, Tensor):
             head = TargetHead(head, vocab, bias)
         elif not isinstance(head, TargetHead):
-            validation.fail(
-                "head to be a TargetHead or a weight tensor", head, "Build TargetHead(weight, vocab).", TypeError
-            )
+            remedy = validation.instead(head, "Build TargetHead(weight, vocab).")
+            validation.fail("head to be a TargetHead or a weight tensor", head, remedy, TypeError)
         elif vocab is not None or bias is not None:
             validation.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
         validation.tensor("hidden", hidden, min_ndim=1, dtypes=validation.FLOATS)
@@ -140,12 +143,13 @@ class Target:
         target._given(log_normalizer, token_ids)
         flat_mask = None
         if mask is not None:
-            validation.tensor("mask", mask, dtypes=[torch.bool], remedy="Target masks are bool: True = computed.")
+            validation.tensor("mask", mask, dtypes=validation.MASKS, remedy="Target masks are bool: True = computed.")
             validation.shape("mask", mask, target.shape, "one per row of hidden")
             validation.same_device(hidden.device, mask=mask)
-            flat_mask = mask.reshape(-1)
+            flat_mask = validation.as_bool("mask", mask).reshape(-1)
             if not torch.compiler.is_compiling():
                 target.computed = flat_mask.cpu().numpy().copy()
+        validation.finite_rows("hidden", rows, counted=flat_mask)
         budget = plan.workspace_bytes(workspace_mb)
         t2d, ids = (None, None) if head.vocab is None else (head.vocab.t2d, head.vocab.target_ids)
         scale = 1.0 / target.temperature
@@ -180,6 +184,8 @@ class Target:
         validation.choice("impl", impl, IMPLS)
         validation.tensor("logits", logits, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("logits", logits)
+        validation.not_empty("logits", logits, vocabulary=-1)
+        validation.finite_rows("logits", logits, logits=True)
         check_vocab(vocab, logits.shape[-1], "logits")
         vocab = None if vocab is None else vocab.to(logits.device)
         rows = logits.detach().reshape(-1, logits.shape[-1])
@@ -205,10 +211,12 @@ class Target:
         """A target from probabilities on the draft vocabulary `[..., V_draft]`, >= 0, summing to at most 1 per row.
 
         The missing mass is what the target gives to tokens outside the draft vocabulary. `token_ids` `[...]` is the
-        target's argmax as target ids; without it, the argmax on the draft vocabulary stands in.
+        target's argmax as target ids, -1 where it is not known; without it, the argmax on the draft vocabulary stands
+        in.
         """
         validation.tensor("probs", probs, min_ndim=1, dtypes=validation.FLOATS)
         validation.is_constant("probs", probs)
+        validation.not_empty("probs", probs, vocabulary=-1)
         check_is_vocab(vocab)
         if vocab is not None and probs.shape[-1] != vocab.draft_size:
             validation.fail(
@@ -217,6 +225,10 @@ class Target:
                 "Select probs[..., vocab.t2d].",
             )
         _refuse_temperature(temperature)
+        if validation.checks_contents(probs, only_if_asked=True):
+            validation.all_rows(
+                "probs", _are_probs(probs.amin(-1) >= 0, probs), "of entries >= 0 that sum to at most 1"
+            )
         tiles = ProbsTiles(probs.detach().reshape(-1, probs.shape[-1]))
         vocab = None if vocab is None else vocab.to(probs.device)
         target = Target(tiles, probs.shape[:-1], vocab, renormalize=renormalize)
@@ -238,10 +250,11 @@ class Target:
         """A target from its top-k tokens: target ids and log-probabilities, `[..., k]` each, in any order.
 
         `log_probs` are normalised over the full vocabulary; every other token counts as impossible. `vocab` is the
-        draft vocabulary, or the size of a shared one. Checking the ids costs one host synchronisation.
+        draft vocabulary, or the size of a shared one.
 
         Raises:
-            ValueError: ids outside the target vocabulary, or twice in one row.
+            ValueError: ids outside the target vocabulary, or twice in one row (on a device only with
+                FUSED_LK_VALIDATE=1: reading them synchronises).
         """
         validation.tensor("token_ids", token_ids, min_ndim=1, dtypes=[torch.int64, torch.int32])
         validation.tensor("log_probs", log_probs, min_ndim=1, dtypes=validation.FLOATS)
@@ -249,17 +262,22 @@ class Target:
         validation.same_device(token_ids.device, log_probs=log_probs)
         validation.is_constant("log_probs", log_probs)
         _refuse_temperature(temperature)
-        if isinstance(vocab, bool) or not isinstance(vocab, int | DraftVocab):
-            validation.fail("vocab to be a DraftVocab or a vocabulary size", vocab, "Pass DraftVocab(t2d).", TypeError)
+        if not isinstance(vocab, DraftVocab):
+            expected = "vocab to be a DraftVocab, or the size of a shared vocabulary (a positive int)"
+            vocab = validation.integer("vocab", vocab, expected=expected, remedy="Pass DraftVocab(t2d), or the size.")
         if token_ids.shape[-1] == 0:
             validation.fail("at least one token per row", token_ids, "Pass the target's k >= 1 best tokens.")
         size = vocab if isinstance(vocab, int) else vocab.target_size
-        ordered = token_ids.long().sort(-1).values
-        bad = torch.stack([((ordered < 0) | (ordered >= size)).any(), (ordered.diff(dim=-1) == 0).any()]).tolist()
-        if bad[0]:
-            validation.fail(f"token_ids in [0, {size})", "ids outside", "They are ids of the target vocabulary.")
-        if bad[1]:
-            validation.fail("each token id once per row", "a repeated id", "Merge or drop repeated entries.")
+        if validation.checks_contents(token_ids):
+            ordered = token_ids.long().sort(-1).values
+            bad = torch.stack([((ordered < 0) | (ordered >= size)).any(), (ordered.diff(dim=-1) == 0).any()]).tolist()
+            if bad[0]:
+                validation.fail(f"token_ids in [0, {size})", "ids outside", "They are ids of the target vocabulary.")
+            if bad[1]:
+                validation.fail("each token id once per row", "a repeated id", "Merge or drop repeated entries.")
+        if validation.checks_contents(log_probs, only_if_asked=True):
+            good = _are_probs(log_probs.amax(-1) <= 1e-3, log_probs.exp())
+            validation.all_rows("log_probs", good, "of entries <= 0 whose exponentials sum to at most 1")
         draft_vocab = None if isinstance(vocab, int) else vocab.to(token_ids.device)
         ids = token_ids.reshape(-1, token_ids.shape[-1]).long()
         rows = log_probs.detach().reshape(ids.shape)
@@ -287,8 +305,9 @@ class Target:
     def in_draft_vocab(self) -> Tensor | None:
         ids = self.token_ids
         if ids is None or self.vocab is None:
-            return None if ids is None else torch.ones_like(ids, dtype=torch.bool)
-        return self.vocab.t2d[ids]
+            return None if ids is None else ids >= 0
+        inside = (ids >= 0) & (ids < self.vocab.target_size)
+        return inside & self.vocab.t2d[torch.where(inside, ids, 0)]
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft ids as target ids."""
@@ -364,6 +383,13 @@ class Target:
             rounding = 32 * max(torch.finfo(x).eps for x in (self.dtype, log_normalizer.dtype))
             self._normalizer = Normalizer(log_normalizer.reshape(-1), False, _EXCESS + rounding)
         if token_ids is not None:
+            size = self.draft_vocab_size if self.vocab is None else self.vocab.target_size
+            if validation.checks_contents(token_ids) and bool(((token_ids < -1) | (token_ids >= size)).any()):
+                validation.fail(
+                    f"token_ids in [-1, {size}), ids of the target vocabulary",
+                    "an id outside",
+                    "Use -1 where the argmax is not known; give vocab where the target's vocabulary is the larger.",
+                )
             self._token_ids = token_ids.reshape(-1)
 
 
@@ -378,6 +404,13 @@ def _first(function: Callable[..., tuple], *arguments: Any) -> Any:
 def _argmax_of_probs(normalizer: Tensor, probs: Tensor, vocab: DraftVocab | None) -> tuple[Tensor, Tensor]:
     argmax = probs.argmax(-1)
     return normalizer, argmax if vocab is None else vocab.target_ids[argmax]
+
+
+def _are_probs(in_range: Tensor, probs: Tensor) -> Tensor:
+    """bool per row: in range (which NaN is not), with a sum of at most 1, to the rounding of the dtype."""
+    tolerance = 1e-3 if probs.element_size() > 2 else 1e-2
+    sums = probs.sum(-1, dtype=torch.promote_types(probs.dtype, torch.float32))
+    return in_range & (sums <= 1 + tolerance)
 
 
 def _refuse_temperature(temperature: float) -> None:

@@ -7,17 +7,24 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_NUMPY = (np.generic, np.ndarray)  # a tuple: unions of types are made anew, which cannot be traced
+MASKS = (torch.bool, *INTEGERS)
 
 
 def describe(value: Any) -> str:
     """A short account of a value for an error message; tensors by shape, dtype and device, never by content."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+        size = "with rows of several lengths" if value.is_nested else f"of shape {tuple(value.shape)}"
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor {size} on {value.device}"
+    if isinstance(value, nn.Module | dict | list | tuple | np.ndarray) or hasattr(value, "last_hidden_state"):
+        return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple) else "")
     return f"{value!r} ({type(value).__name__})"
 
 
@@ -36,9 +43,11 @@ def tensor(
     dtypes: Iterable[torch.dtype] | None = None,
     remedy: str = "",
 ) -> Tensor:
-    """`value`, if it is a tensor of the given rank and dtypes."""
+    """`value`, if it is a plain, dense tensor with contents, of the given rank and dtypes."""
     if not isinstance(value, Tensor):
-        fail(f"{name} to be a torch.Tensor", value, remedy or "Pass a tensor.", TypeError)
+        fail(f"{name} to be a torch.Tensor", value, instead(value, remedy or "Pass a tensor."), TypeError)
+    if value.is_nested:
+        fail(f"{name} to be a padded tensor", f"a nested one ({value.layout})", "Pad it, and mask the rest.", TypeError)
     if hasattr(value, "full_tensor"):
         fail(
             f"{name} to be a plain tensor on this rank",
@@ -47,6 +56,12 @@ def tensor(
             "or pass weight.full_tensor().",
             TypeError,
         )
+    if value.layout != torch.strided:
+        fail(f"{name} to be a dense tensor", f"one of layout {value.layout}", f"Pass {name}.to_dense().", TypeError)
+    if value.is_quantized:
+        fail(f"{name} not to be quantised", value, f"Pass {name}.dequantize().", TypeError)
+    if value.device.type == "meta":
+        fail(f"{name} to have contents", value, "A meta tensor has none: materialise it first, as by .to_empty(...).")
     if dtypes is not None and value.dtype not in tuple(dtypes):
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         fail(f"{name} of dtype {names}", value, remedy or f"Convert {name} first.", TypeError)
@@ -57,10 +72,32 @@ def tensor(
     return value
 
 
+def instead(value: Any, remedy: str) -> str:
+    """What to pass in the place of a `value` that is no tensor but holds one; `remedy` otherwise."""
+    if isinstance(value, nn.Module) and isinstance(getattr(value, "weight", None), Tensor):
+        return "Pass its weight, as in lm_head.weight (and its bias as bias=)."
+    if isinstance(value, nn.Module):
+        return "Pass what it returns."
+    if getattr(value, "last_hidden_state", None) is not None:
+        return "Pass its .last_hidden_state."
+    return remedy
+
+
 def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
     """`value.shape == expected`; `why` says where the expectation comes from."""
     if tuple(value.shape) != tuple(expected):
         fail(f"{name} of shape {tuple(expected)} ({why})", value, f"Reshape {name}, or check which tensor it is.")
+
+
+def not_empty(name: str, value: Tensor, **dimensions: int) -> None:
+    """Each of the `dimensions`, given by what it counts, is at least 1."""
+    for what, dim in dimensions.items():
+        if value.shape[dim] == 0:
+            fail(
+                f"{name} with a {what.replace('_', ' ')} of at least 1",
+                value,
+                "Check how it was made or sliced: only the number of rows may be 0.",
+            )
 
 
 def same_device(device: torch.device, **tensors: Tensor | None) -> None:
@@ -73,39 +110,96 @@ def same_device(device: torch.device, **tensors: Tensor | None) -> None:
 def choice(name: str, value: Any, options: Iterable[str]) -> None:
     """`value` is one of the names in `options`."""
     options = tuple(options)
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         fail(f"{name} to be one of {', '.join(map(repr, options))}", value, "Choose one of these.")
 
 
-def number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
-    """`value` as a finite float, `>= minimum` and `> above` where given."""
+def number(
+    name: str, value: Any, *, minimum: float | None = None, above: float | None = None, remedy: str = ""
+) -> float:
+    """`value`, Python's or NumPy's, as a finite float, `>= minimum` and `> above` where given."""
     bound = "" if minimum is None else f" >= {minimum:g}"
     bound += "" if above is None else f" > {above:g}"
+    value = scalar(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         fail(f"{name} to be a finite number{bound}", value, f"Pass {name} as a Python float.", TypeError)
     low = (minimum is not None and value < minimum) or (above is not None and value <= above)
     if not -math.inf < value < math.inf or low:  # false for NaN; math.isfinite cannot be traced
-        fail(f"{name} to be a finite number{bound}", value, f"Choose {name}{bound or ' finite'}.")
+        fail(f"{name} to be a finite number{bound}", value, remedy or f"Choose {name}{bound or ' finite'}.")
     return float(value)
 
 
-def non_negative(name: str, value: Tensor) -> None:
-    """The contents of a tensor in host memory are finite and >= 0.
+def integer(name: str, value: Any, *, minimum: int = 1, expected: str = "", remedy: str = "") -> int:
+    """`value`, Python's or NumPy's, as an int `>= minimum`."""
+    expected = expected or f"{name} to be a positive int" if minimum == 1 else f"{name} to be an int >= {minimum}"
+    value = scalar(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(expected, value, remedy or f"Pass {name} as a Python int.", TypeError)
+    if value < minimum:
+        fail(expected, value, remedy or f"Choose {name} >= {minimum}.")
+    return value
 
-    Reading a device's tensor would wait for the device, so those are taken as they come; tracing sees no contents.
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, Python's or NumPy's, as a bool. Other truths are mistakes: "no" would be one."""
+    value = scalar(value)
+    if not isinstance(value, bool):
+        fail(f"{name} to be True or False", value, "Pass a bool.", TypeError)
+    return value
+
+
+def scalar(value: Any) -> Any:
+    """A scalar of NumPy's, or an array of no dimensions, as Python's; anything else as it is."""
+    return value.item() if isinstance(value, _NUMPY) and value.ndim == 0 else value
+
+
+def checks_contents(value: Tensor, *, only_if_asked: bool = False) -> bool:
+    """Whether to read what `value` holds, to check it.
+
+    In host memory: yes. On a device that would wait for the device: only with FUSED_LK_VALIDATE=1 in the environment.
+    Tracing and fake tensors see no contents. `only_if_asked` is for what ignored rows may hold rightly, and for what
+    would cost a pass over activations: only with that variable, wherever it lies.
     """
-    if type(value) not in (Tensor, Parameter) or value.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not bool((torch.isfinite(value) & (value >= 0)).all()):
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, Parameter):
+        return False
+    asked = os.environ.get("FUSED_LK_VALIDATE", "0") == "1"
+    return asked or (value.device.type == "cpu" and not only_if_asked)
+
+
+def non_negative(name: str, value: Tensor) -> None:
+    """The contents of `value` are finite and >= 0, where they are read."""
+    if checks_contents(value) and not bool((torch.isfinite(value) & (value >= 0)).all()):
         fail(f"{name} with entries that are finite and >= 0", "a negative, infinite or NaN entry", f"Check {name}.")
 
 
-def checks_contents(value: Tensor) -> bool:
-    """Whether the contents of `value` are read for checks: in host memory always, on a device, where reading waits for
-    the device, with FUSED_LK_VALIDATE=1; never where there are none to see (tracing, fake tensors)."""
-    if type(value) not in (Tensor, Parameter) or torch.compiler.is_compiling():
-        return False
-    return value.device.type == "cpu" or os.environ.get("FUSED_LK_VALIDATE", "0") == "1"
+def positive(name: str, value: Tensor, remedy: str) -> None:
+    """The contents of `value` are finite and > 0, where they are read."""
+    if checks_contents(value) and not bool((torch.isfinite(value) & (value > 0)).all()):
+        fail(f"{name} with entries that are finite and > 0", "an entry that is 0, negative, infinite or NaN", remedy)
+
+
+def as_bool(name: str, mask: Tensor) -> Tensor:
+    """A bool or integer mask as bool; integers are 0 and 1, where they are read."""
+    if mask.dtype == torch.bool:
+        return mask
+    if checks_contents(mask) and bool(((mask != 0) & (mask != 1)).any()):
+        fail(f"an integer {name} of 0 and 1", "another entry", f"Pass {name} > 0.")
+    return mask > 0
+
+
+def all_rows(name: str, good: Tensor, expected: str, counted: Tensor | None = None) -> None:
+    """Every row, or every one that is `counted`, is `good`; both are bool per row."""
+    bad = ~good.reshape(-1) if counted is None else ~good.reshape(-1) & counted.reshape(-1)
+    if bool(bad.any()):
+        got = f"{int(bad.sum())} other row(s), the first of them row {int(bad.nonzero()[0])}"
+        fail(f"{name} {expected}", got, "Mend or mask what made them; FUSED_LK_VALIDATE=1 asked for this check.")
+
+
+def finite_rows(name: str, value: Tensor, *, logits: bool = False, counted: Tensor | None = None) -> None:
+    """If asked for: no row holds a NaN or an infinity. Logits may be -inf: a token that cannot be drawn."""
+    if checks_contents(value, only_if_asked=True):
+        good = value.amax(-1) < math.inf if logits else value.isfinite().all(-1)  # amax hands on a NaN
+        all_rows(name, good, "without NaN or " + ("+inf" if logits else "infinity"), counted)
 
 
 def is_constant(name: str, value: Tensor) -> None:

@@ -59,8 +59,7 @@ class DraftVocab:
             ValueError: an id outside `[0, target_size)`, or two draft tokens with one target id.
         """
         validation.tensor("d2t", d2t, dtypes=[torch.int64, torch.int32], ndim=1)
-        if isinstance(target_size, bool) or not isinstance(target_size, int) or target_size < 1:
-            validation.fail("target_size to be a positive int", target_size, "Pass the target's vocabulary size.")
+        target_size = validation.integer("target_size", target_size, remedy="Pass the target's vocabulary size.")
         target_ids = torch.arange(d2t.shape[0], device=d2t.device) + d2t.detach().long()
         if target_ids.numel() == 0:
             validation.fail("d2t with at least one token", d2t, "An empty draft vocabulary proposes nothing.")

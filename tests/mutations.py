@@ -136,7 +136,7 @@ LISTS = [
     Mutation("sort", WORK, "self.weights = weights[self.draft_rows]", "self.weights = weights[self.draft_rows.sort().values]", PAIRS),
     Mutation("sort", WORK, "self.positions = positions[self.draft_rows]", "self.positions = positions[self.draft_rows.sort().values]", PAIRS),
     Mutation("off by one", WORK, "(positions >= self.num_positions)", "(positions > self.num_positions)", "tests/test_bad_input.py::test_calls[positions: far-lk_loss]"),
-    Mutation("off by one", WORK, "if used[-1] >= num_targets", "if used[-1] > num_targets", "tests/test_bad_input.py::test_calls[rows: too large-lk_loss]"),
+    Mutation("off by one", WORK, "used.max() >= num_targets", "used.max() > num_targets", "tests/test_bad_input.py::test_calls[rows: too large-lk_loss]"),
     Mutation("off by one", WORK, "(target_rows < -1).any()", "(target_rows < -2).any()", "tests/test_bad_input.py::test_calls[rows: below -1-lk_loss]"),
     Mutation("limit", WORK, "min(start + max_pairs, ", "min(start + max_pairs + 1, ", PAIRS, True),
     Mutation("limit", WORK, "min(first + max_targets, len(starts) - 1)", "min(first + max_targets + 1, len(starts) - 1)", PAIRS),

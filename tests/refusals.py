@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fused_lk import DraftVocab, Target, TargetHead
@@ -50,15 +51,27 @@ class Given:
         return {"draft_hidden": self.hidden, "draft_lm_head_weight": self.weight, "target": self.target}
 
 
+def elsewhere(*shape, dtype=torch.float32):
+    """A tensor on another device than the rest, which need not exist."""
+    with FakeTensorMode():
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
 def meta(*shape, dtype=torch.float32):
-    """A tensor on another device than the rest."""
+    """A tensor without contents."""
     return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def readable(x):
+    """Whether `x` is a tensor whose contents can be compared."""
+    dense = isinstance(x, torch.Tensor) and not (x.is_nested or x.is_quantized) and x.layout == torch.strided
+    return dense and x.device.type == "cpu"
 
 
 def refuse(given, call, changes, error, match):
     """`call(**changes)` raises, says so in three parts, and leaves everything as it was."""
     owned = {**given.tensors(), **{f"changed {i}": x for i, x in enumerate(tree_leaves(changes))}}
-    owned = {name: x for name, x in owned.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
+    owned = {name: x for name, x in owned.items() if readable(x)}
     before = {name: (x.detach().clone(), x._version, x.requires_grad) for name, x in owned.items()}
     with pytest.raises(error, match=match) as raised:
         call()

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from refusals import INF, NAN, V_TARGET, Given, H, K, N, V, from_hidden, meta, refuse
+from refusals import INF, NAN, V_TARGET, Given, H, K, N, V, elsewhere, from_hidden, meta, refuse
 
 import fused_lk
 from fused_lk import DraftVocab, Pairs, Target
@@ -29,52 +30,95 @@ ENTRIES = {
 # (name, changed arguments, error, part of the message)
 CALLS = [
     ("target of no kind", lambda g: {"target": g.target_logits}, TypeError, "target to be a fused_lk.Target"),
-    ("target elsewhere", lambda g: {"target": Target.from_logits(meta(N, V))}, ValueError, "a target on cpu"),
+    ("target elsewhere", lambda g: {"target": Target.from_logits(elsewhere(N, V))}, ValueError, "a target on cpu"),
     ("vocabularies", lambda g: {"target": Target.from_logits(g.target_logits)}, ValueError, "target on 9 draft tokens"),
     ("fewer targets", lambda g: {"target": Target.from_probs(g.probs[:4])}, ValueError, "as many target rows"),
     ("logits: rank", lambda g: {"draft_logits": torch.tensor(1.0)}, ValueError, "at least 1 dimension"),
     ("logits: dtype", lambda g: {"draft_logits": g.ids}, TypeError, "draft_logits of dtype"),
     ("hidden: rank", lambda g: {"draft_hidden": torch.tensor(1.0)}, ValueError, "at least 1 dimension"),
     ("hidden: dtype", lambda g: {"draft_hidden": torch.ones(N, H, dtype=torch.long)}, TypeError, "of dtype float16"),
+    ("hidden: module", lambda g: {"draft_hidden": torch.nn.ReLU()}, TypeError, "got a ReLU. Pass what it returns"),
+    ("hidden: output", lambda g: {"draft_hidden": Output(g.hidden)}, TypeError, r"\.last_hidden_state"),
+    ("hidden: output in a list", lambda g: {"draft_hidden": [Output(g.hidden)]}, TypeError, r"\.last_hidden_state"),
+    ("hidden: meta", lambda g: {"draft_hidden": meta(N, H)}, ValueError, "draft_hidden to have contents"),
+    ("hidden: sparse", lambda g: {"draft_hidden": g.hidden.to_sparse()}, TypeError, r"dense.*\.to_dense\(\)"),
+    ("hidden: nested", lambda g: {"draft_hidden": nested(torch.strided)}, TypeError, "Pad it"),
+    ("hidden: jagged", lambda g: {"draft_hidden": nested(torch.jagged)}, TypeError, "Pad it"),
+    ("logits: meta", lambda g: {"draft_logits": meta(N, V)}, ValueError, "draft_logits to have contents"),
+    ("logits: nested", lambda g: {"draft_logits": [nested(torch.jagged)]}, TypeError, "Pad it"),
+    ("logits: no tokens", lambda g: {"draft_logits": g.logits[:, :0]}, ValueError, "vocabulary of at least 1"),
     ("hidden: no tensor", lambda g: {"draft_hidden": "hidden"}, TypeError, "a tensor or a non-empty list"),
     ("hidden: empty list", lambda g: {"draft_hidden": []}, TypeError, "non-empty list"),
     ("hidden: list of numbers", lambda g: {"draft_hidden": [1.0]}, TypeError, r"draft_hidden\[0\] to be a torch"),
     ("hidden: shapes", lambda g: {"draft_hidden": [g.hidden, g.hidden[1:]]}, ValueError, r"draft_hidden\[1\] of shape"),
     ("hidden: dtypes", lambda g: {"draft_hidden": [g.hidden, g.hidden.half()]}, TypeError, "of dtype float32"),
-    ("hidden: devices", lambda g: {"draft_hidden": [g.hidden, meta(N, H)]}, ValueError, r"draft_hidden\[1\] on cpu"),
+    (
+        "hidden: devices",
+        lambda g: {"draft_hidden": [g.hidden, elsewhere(N, H)]},
+        ValueError,
+        r"draft_hidden\[1\] on cpu",
+    ),
     ("hidden: size", lambda g: {"draft_hidden": torch.randn(N, H + 1)}, ValueError, "last dimension 4, the hidden"),
     ("weight: rank", lambda g: {"draft_lm_head_weight": g.weight[0]}, ValueError, "2 dimension"),
     ("weight: dtype", lambda g: {"draft_lm_head_weight": g.weight.long()}, TypeError, "draft_lm_head_weight of dtype"),
     ("weight: another", lambda g: {"draft_lm_head_weight": g.weight.half()}, TypeError, "of draft_hidden's dtype"),
-    ("weight: device", lambda g: {"draft_lm_head_weight": meta(V, H)}, ValueError, "draft_lm_head_weight on cpu"),
-    ("weight: module", lambda g: {"draft_lm_head_weight": torch.nn.Linear(H, V)}, TypeError, "a torch.Tensor"),
+    ("weight: device", lambda g: {"draft_lm_head_weight": elsewhere(V, H)}, ValueError, "draft_lm_head_weight on cpu"),
+    (
+        "weight: module",
+        lambda g: {"draft_lm_head_weight": torch.nn.Linear(H, V)},
+        TypeError,
+        r"a torch.Tensor; got a Linear\. .*lm_head\.weight",
+    ),
+    ("weight: no tokens", lambda g: {"draft_lm_head_weight": g.weight[:0]}, ValueError, "vocabulary of at least 1"),
+    (
+        "weight: no width",
+        lambda g: {"draft_lm_head_weight": g.weight[:, :0], "draft_hidden": g.hidden[:, :0]},
+        ValueError,
+        "hidden size of at least 1",
+    ),
+    ("weight: meta", lambda g: {"draft_lm_head_weight": meta(V, H)}, ValueError, "to have contents"),
+    ("weight: sparse", lambda g: {"draft_lm_head_weight": g.weight.to_sparse()}, TypeError, r"dense.*\.to_dense\(\)"),
+    ("weight: CSR", lambda g: {"draft_lm_head_weight": csr(g.weight)}, TypeError, r"dense.*\.to_dense\(\)"),
+    ("weight: quantised", lambda g: {"draft_lm_head_weight": quantised(V, H)}, TypeError, r"\.dequantize\(\)"),
     ("bias: shape", lambda g: {"bias": g.bias[1:]}, ValueError, r"bias of shape \(9,\)"),
     ("bias: dtype", lambda g: {"bias": g.bias.double()}, TypeError, "bias of draft_hidden's dtype"),
-    ("bias: device", lambda g: {"bias": meta(V)}, ValueError, "bias on cpu"),
+    ("bias: device", lambda g: {"bias": elsewhere(V)}, ValueError, "bias on cpu"),
     ("bias: no tensor", lambda g: {"bias": [0.0] * V}, TypeError, "bias to be a torch.Tensor"),
     ("mask: shape", lambda g: {"mask": g.mask[1:]}, ValueError, r"mask of shape \(6,\)"),
-    ("mask: dtype", lambda g: {"mask": g.mask.long()}, TypeError, "mask of dtype bool"),
-    ("mask: device", lambda g: {"mask": meta(N)}, ValueError, "mask on cpu"),
+    ("mask: dtype", lambda g: {"mask": g.mask.to(torch.complex64)}, TypeError, "mask of dtype bool"),
+    ("mask: integers", lambda g: {"mask": g.rows}, ValueError, "an integer mask of 0 and 1"),
+    ("mask: kept weights", lambda g: {"mask": -g.mask, "skip_masked": False}, ValueError, "finite and >= 0"),
+    ("mask: kept integers", lambda g: {"mask": g.rows, "skip_masked": False}, ValueError, "an integer mask of 0"),
+    ("mask: device", lambda g: {"mask": elsewhere(N)}, ValueError, "mask on cpu"),
     ("mask: no tensor", lambda g: {"mask": [True] * N}, TypeError, "mask to be a torch.Tensor"),
     ("mask: negative", lambda g: {"mask": g.mask.index_fill(0, torch.tensor([2]), -1)}, ValueError, "finite and >= 0"),
     ("mask: NaN", lambda g: {"mask": g.mask.index_fill(0, torch.tensor([2]), NAN)}, ValueError, "finite and >= 0"),
     ("mask: inf", lambda g: {"mask": g.mask.index_fill(0, torch.tensor([2]), INF)}, ValueError, "finite and >= 0"),
     ("rows: too large", lambda g: {"target_rows": g.rows + 1}, ValueError, "target_rows below 6"),
+    ("rows: kept", lambda g: {"target_rows": g.rows - 1, "skip_masked": False}, ValueError, "target_rows >= -1"),
+    ("rows: kept, far", lambda g: {"target_rows": g.rows + 1, "skip_masked": False}, ValueError, "target_rows below 6"),
     ("rows: below -1", lambda g: {"target_rows": g.rows - 1}, ValueError, "target_rows >= -1"),
     ("rows: dtype", lambda g: {"target_rows": g.rows.int()}, TypeError, "target_rows of dtype int64"),
     ("rows: shape", lambda g: {"target_rows": g.rows.view(2, 3)}, ValueError, r"target_rows of shape \(6,\)"),
-    ("rows: device", lambda g: {"target_rows": meta(N, dtype=torch.long)}, ValueError, "target_rows on cpu"),
+    ("rows: device", lambda g: {"target_rows": elsewhere(N, dtype=torch.long)}, ValueError, "target_rows on cpu"),
     ("pairs: no Pairs", lambda g: {"pairs": [(0, 0)]}, TypeError, "pairs to be a fused_lk.Pairs"),
     ("pairs: shape", lambda g: {"pairs": Pairs(g.mask[1:])}, ValueError, "pairs of the draft's shape"),
     ("pairs: beside mask", lambda g: {"pairs": Pairs(g.mask), "mask": g.mask}, ValueError, "pairs beside mask"),
     ("pairs: beside rows", lambda g: {"pairs": Pairs(), "target_rows": g.rows}, ValueError, "beside target_rows"),
-    ("pairs: device", lambda g: {"pairs": Pairs(meta(N), skip_masked=False)}, ValueError, "pairs on cpu"),
+    (
+        "pairs: device",
+        lambda g: {"pairs": Pairs(elsewhere(N, dtype=torch.bool), skip_masked=False)},
+        ValueError,
+        "pairs on cpu",
+    ),
     ("pairs: too far", lambda g: {"pairs": Pairs(target_rows=g.rows + 1)}, ValueError, "target_rows below 6"),
     ("temperature 0", lambda g: {"draft_temperature": 0.0}, ValueError, "draft_temperature to be a finite number > 0"),
     ("temperature < 0", lambda g: {"draft_temperature": -1}, ValueError, "draft_temperature"),
     ("temperature NaN", lambda g: {"draft_temperature": NAN}, ValueError, "draft_temperature"),
     ("temperature: tensor", lambda g: {"draft_temperature": torch.ones(1)}, TypeError, "draft_temperature"),
     ("impl", lambda g: {"impl": "cuda"}, ValueError, "impl to be one of 'auto', 'triton', 'torch', 'reference'"),
+    ("impl: array", lambda g: {"impl": np.array(["auto", "torch"])}, ValueError, "impl to be one of"),
+    ("skip_masked", lambda g: {"skip_masked": "no"}, TypeError, "skip_masked to be True or False"),
     ("impl: no name", lambda g: {"impl": None}, ValueError, "impl to be one of"),
     ("workspace 0", lambda g: {"workspace_mb": 0}, ValueError, "workspace_mb to be a finite number > 0"),
     ("workspace < 0", lambda g: {"workspace_mb": -1.0}, ValueError, "workspace_mb"),
@@ -114,17 +158,21 @@ CALLS = [
     ("kl_weight: list", lambda g: {"kl_weight": [0.5]}, TypeError, "kl_weight"),
     ("kl_weight: ids", lambda g: {"kl_weight": g.positions}, TypeError, "kl_weight of dtype"),
     ("kl_weight: shape", lambda g: {"kl_weight": torch.ones(4)}, ValueError, r"kl_weight of shape \(1,\)"),
-    ("kl_weight: device", lambda g: {"kl_weight": meta(1)}, ValueError, "kl_weight on cpu"),
-    ("kl_weight: tokens' device", lambda g: {"kl_weight": meta(N)}, ValueError, "kl_weight on cpu"),
+    ("kl_weight: device", lambda g: {"kl_weight": elsewhere(1)}, ValueError, "kl_weight on cpu"),
+    ("kl_weight: tokens' device", lambda g: {"kl_weight": elsewhere(N)}, ValueError, "kl_weight on cpu"),
     ("kl_weight: tensor < 0", lambda g: {"kl_weight": torch.tensor([-0.1])}, ValueError, "kl_weight .*>= 0"),
     ("kl_weight: tensor NaN", lambda g: {"kl_weight": torch.tensor(NAN)}, ValueError, "kl_weight .*>= 0"),
-    ("denominator < 0", lambda g: {"denominator": -1.0}, ValueError, "denominator to be a finite number >= 0"),
+    ("denominator < 0", lambda g: {"denominator": -1.0}, ValueError, "denominator to be a finite number > 0"),
+    ("denominator 0", lambda g: {"denominator": 0}, ValueError, r"number > 0; got 0 .*max\(denominator, 1\)"),
+    ("denominator 0.0", lambda g: {"denominator": 0.0}, ValueError, "denominator to be a finite number > 0"),
+    ("denominator: tensor 0", lambda g: {"denominator": torch.zeros(1)}, ValueError, r"denominator\.clamp\(min=1\)"),
+    ("denominator: count 0", lambda g: {"denominator": torch.tensor(0)}, ValueError, "denominator .*> 0"),
+    ("denominator: bool", lambda g: {"denominator": torch.tensor([True])}, TypeError, "denominator of dtype"),
     ("denominator NaN", lambda g: {"denominator": NAN}, ValueError, "denominator"),
-    ("denominator: ids", lambda g: {"denominator": torch.tensor([3])}, TypeError, "denominator of dtype"),
     ("denominator: shape", lambda g: {"denominator": torch.ones(2)}, ValueError, r"denominator of shape \(1,\)"),
-    ("denominator: device", lambda g: {"denominator": meta(1)}, ValueError, "denominator on cpu"),
-    ("denominator: tensor < 0", lambda g: {"denominator": torch.tensor([-2.0])}, ValueError, "denominator .*>= 0"),
-    ("denominator: tensor NaN", lambda g: {"denominator": torch.tensor([NAN])}, ValueError, "denominator .*>= 0"),
+    ("denominator: device", lambda g: {"denominator": elsewhere(1)}, ValueError, "denominator on cpu"),
+    ("denominator: tensor < 0", lambda g: {"denominator": torch.tensor([-2.0])}, ValueError, "denominator .*> 0"),
+    ("denominator: tensor NaN", lambda g: {"denominator": torch.tensor([NAN])}, ValueError, "denominator .*> 0"),
     ("positions alone", lambda g: {"positions": g.positions}, ValueError, "num_positions with positions"),
     ("positions: far", lambda g: {"positions": g.positions, "num_positions": 1}, ValueError, r"positions in \[0, 1\)"),
     ("positions: < 0", lambda g: {"positions": g.positions - 1, "num_positions": 2}, ValueError, "positions in"),
@@ -136,10 +184,53 @@ CALLS = [
         "positions of shape",
     ),
     ("num_positions 0", lambda g: {"positions": g.positions, "num_positions": 0}, ValueError, "a positive int"),
-    ("num_positions: float", lambda g: {"num_positions": 2.0}, ValueError, "a positive int"),
-    ("num_positions: bool", lambda g: {"num_positions": True}, ValueError, "a positive int"),
+    ("num_positions: float", lambda g: {"num_positions": 2.0}, TypeError, "a positive int"),
+    ("num_positions: bool", lambda g: {"num_positions": True}, TypeError, "a positive int"),
+    ("num_positions alone", lambda g: {"num_positions": 2}, ValueError, "positions with num_positions > 1"),
+    (
+        "num_positions of a list",
+        lambda g: {"draft_hidden": [g.hidden[:3], g.hidden[3:]], "num_positions": 3},
+        ValueError,
+        "num_positions=2, one per tensor of the list",
+    ),
+    (
+        "num_positions of a list of logits",
+        lambda g: {"draft_logits": [g.logits[:3], g.logits[3:]], "num_positions": 3},
+        ValueError,
+        "num_positions=2, one per tensor of the list",
+    ),
     ("pairs: beside positions", lambda g: {"pairs": Pairs(), "num_positions": 2}, ValueError, "beside num_positions"),
 ]
+
+
+class Output(dict):
+    """As a model of transformers returns it."""
+
+    @property
+    def last_hidden_state(self):
+        return self["last_hidden_state"]
+
+    def __init__(self, hidden):
+        super().__init__(last_hidden_state=hidden)
+
+
+def nested(layout):
+    return quietly(torch.nested.nested_tensor, [torch.randn(2, H), torch.randn(4, H)], layout=layout)
+
+
+def csr(x):
+    return quietly(x.detach().to_sparse_csr)
+
+
+def quantised(*shape):
+    return quietly(torch.quantize_per_tensor, torch.randn(*shape), 0.1, 0, torch.qint8)
+
+
+def quietly(make, *arguments, **options):
+    """What `make` makes, without its warnings that such tensors are new, or old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*arguments, **options)
 
 
 def entries(changes):
@@ -171,7 +262,7 @@ def test_the_unchanged_calls_are_good():
         options = rich if "positions" in inspect.signature(call).parameters else work
         for more in ({}, {"pairs": Pairs(given.mask)}, options, {"workspace_mb": 1, "draft_temperature": 2}):
             call(**given.arguments(entry), **more)
-    fused_lk.lk_loss(given.hidden, given.weight, given.target, bias=given.bias, denominator=torch.tensor([0.0]))
+    fused_lk.lk_loss(given.hidden, given.weight, given.target, bias=given.bias, denominator=torch.tensor([3]))
     known = {"log_normalizer": given.mask, "token_ids": given.rows.clamp(min=0)}
     for options in ({}, known, {"mask": given.mask > 0, "temperature": 0.7, "workspace_mb": 1}):
         from_hidden(given, **options)

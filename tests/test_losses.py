@@ -163,7 +163,7 @@ def test_a_walk_by_vocabulary_in_blocks(kind):
 
 def test_denominators_per_position():
     problem = make_problem(work="shifted")
-    denominator = torch.tensor([3.0, 5.0, 0.0], dtype=torch.float64)
+    denominator = torch.tensor([3.0, 5.0, 0.5], dtype=torch.float64)
     for reduction in ("mean", "position"):
         check(problem, denominator=denominator, reduction=reduction)
 

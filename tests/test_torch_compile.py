@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -217,3 +218,86 @@ def test_opcheck_of_the_targets_pass():
             target_pass.over_hidden.operator, (states, head.weight, None, *arguments, 0.8, "torch", None)
         )
     torch.library.opcheck(target_pass.over_logits.operator, (states @ head.weight.T, 0.8, "torch"))
+
+
+def token_batch(num_sequences=2, length=7):
+    """Hidden states of K steps, a target's logits and top tokens, a loss mask, sequence ids, anchors."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(STEPS, num_sequences, length, HIDDEN, generator=generator)
+    logits = torch.randn(num_sequences, length, TARGET, generator=generator)
+    mask = torch.rand(num_sequences, length, generator=generator) > 0.3
+    sequence_ids = (torch.arange(length) >= 4).long().expand(num_sequences, length).contiguous()
+    return hidden, logits, mask, sequence_ids, torch.tensor([[0, 2], [4, -1]])
+
+
+LISTS = {
+    "ttt": lambda mask, ids, anchors, kept: fused_lk.Pairs.ttt(mask, STEPS, sequence_ids=ids, **kept),
+    "ttt of integers": lambda mask, ids, anchors, kept: fused_lk.Pairs.ttt(mask.long(), STEPS, 0, **kept),
+    "blocks": lambda mask, ids, anchors, kept: fused_lk.Pairs.blocks(anchors, STEPS, mask, sequence_ids=ids, **kept),
+    "mask": lambda mask, ids, anchors, kept: fused_lk.Pairs(mask.int().expand(STEPS, -1, -1), **kept),
+}
+
+
+@pytest.mark.parametrize("skip_masked", [True, False])
+@pytest.mark.parametrize("make", LISTS)
+def test_work_lists_and_top_k_made_inside(make, skip_masked):
+    """What reads contents in eager mode, to check them, is traced without."""
+    head, weight, _ = setup()
+    hidden, logits, mask, ids, anchors = token_batch()
+    hidden = hidden[:, :, :2].permute(1, 2, 0, 3).contiguous() if make == "blocks" else hidden
+    top = logits.log_softmax(-1).topk(5)
+    rows = torch.cat([top.indices] * STEPS), torch.cat([top.values] * STEPS)  # a list without rows: one row each
+    given = rows if make == "mask" else (top.indices, top.values)
+
+    def run(h, w, token_ids, log_probs, mask, ids, anchors):
+        pairs = LISTS[make](mask, ids, anchors, {} if skip_masked else {"skip_masked": False})
+        target = fused_lk.Target.from_topk(token_ids, log_probs, head.vocab)
+        out = fused_lk.lk_loss(h, w, target, pairs=pairs, position_decay=0.8)
+        return out.loss, out.acceptance_rate, out.accuracy, out.num_tokens, out.token_log_acceptance
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, got = [], []
+    for function, into in ((run, expected), (compiled, got)):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = function(*leaves, *given, mask, ids, anchors)
+        into += [*out, *torch.autograd.grad(out[0], leaves)]
+    assert expected[3].sum() > 0
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("work", ["", "mask", "target_rows"])
+def test_a_list_is_one_position_per_tensor_in_a_graph(work):
+    _, weight, _ = setup()
+    hidden, _, mask, _, _ = batch(6)
+    probs = torch.rand(STEPS * 6, DRAFT, generator=torch.Generator().manual_seed(0)) / DRAFT
+    given = {
+        "": {},
+        "mask": {"mask": mask.long()},
+        "target_rows": {"target_rows": torch.arange(18).view(3, 6).flip(1)},
+    }[work]
+
+    def run(hidden, given):
+        out = fused_lk.lk_loss(hidden, weight, fused_lk.Target.from_probs(probs), position_decay=0.7, **given)
+        return out.loss, out.acceptance_rate, out.kl_weight, out.num_tokens
+
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden, given)
+    assert got[1].shape == (STEPS,)
+    assert_same(got, run(hidden, given))
+
+
+def test_contents_are_not_read_in_a_graph(monkeypatch):
+    """Asked for or not: a graph has no contents to read. The module's options may have been numbers of NumPy's."""
+    monkeypatch.setenv("FUSED_LK_VALIDATE", "1")
+    head, weight, _ = setup()
+    hidden, states, mask, rows, positions = batch(6)
+    loss = fused_lk.LKLoss(eta=np.float32(2.0), position_decay=np.float64(0.5), draft_temperature=np.float32(0.5))
+
+    def run(hidden, states, denominator):
+        ids = torch.zeros(6, dtype=torch.long)
+        target = fused_lk.Target.from_hidden(states, head, log_normalizer=states.sum(-1), token_ids=ids)
+        pairs = fused_lk.Pairs(mask, rows, positions, STEPS)
+        return loss(hidden, weight, target, pairs=pairs, denominator=denominator).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    counts = torch.tensor([3, 4, 5])
+    assert_same([compiled(hidden, states, counts)], [run(hidden, states, counts)])

@@ -99,7 +99,7 @@ def test_a_block_drafter_is_scored_as_written_out():
     "make, message",
     [
         (lambda mask: fused_lk.Pairs.ttt(mask[0], 2), "loss_mask with 2 dimension"),
-        (lambda mask: fused_lk.Pairs.ttt(mask, 0), "steps to be an int >= 1; got 0"),
+        (lambda mask: fused_lk.Pairs.ttt(mask, 0), "steps to be a positive int; got 0"),
         (lambda mask: fused_lk.Pairs.ttt(mask, 2, -1), "shift to be an int >= 0; got -1"),
         (lambda mask: fused_lk.Pairs.ttt(mask, 2, sequence_ids=mask.long()[:2]), "one per row of loss_mask"),
         (lambda mask: fused_lk.Pairs.blocks(torch.zeros(2, 4).long(), 3, mask), "a row for each row of loss_mask"),
