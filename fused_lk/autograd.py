@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from . import chunked, plan
 from .chunked import Draft, Work
-from .target_tiles import owned
 from .draft import LinearDraft, LogitsDraft, times
 from .objective import MixRule, coefficients, token_loss, weighted
 from .rows.interface import NUM_SAVED, RowStats
+from .target_tiles import owned
 
 
 class DraftTensors(NamedTuple):

@@ -132,9 +132,7 @@ def one_pass(
         def of_block(start: int, stop: int, stats: RowStats) -> tuple[Tensor, Tensor]:
             return coefficients(chunk.start + start, chunk.start + stop, stats)
 
-        work.ops.stats_and_gradient(
-            rows, _of_chunk(normalizer, chunk), out.rows(chunk.start, chunk.stop), g, of_block
-        )
+        work.ops.stats_and_gradient(rows, _of_chunk(normalizer, chunk), out.rows(chunk.start, chunk.stop), g, of_block)
 
     held = _walk_gradients(work, draft, needs, write).held()
     _check_mass(normalizer, out)

@@ -5,6 +5,7 @@ The walks of `chunked` say what is alive when; tests hold these sums against the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,14 +15,15 @@ from . import gemm, plan
 from .draft import LinearDraft
 from .layout import Layout
 from .pairs import Pairs
-from .rows.plain import BLOCK_ELEMENTS
+from .rows import plain
+from .rows.interface import NUM_SAVED, RowStats
 from .workspace import row_stride
 
 TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
 
-# Buffers of a block of rows that the PyTorch row operations hold at a time (z, t, q, pt, p, scratch), give or take one:
-# a float32 tile is read without a copy, and without a normaliser p is pt.
-_ROW_BUFFERS = 6
+# Buffers of a block of rows that the PyTorch row operations hold at a time (z, t, q, pt, p, 2 w q, scratch), give or
+# take one: without a normaliser p is pt.
+_ROW_BUFFERS = 7
 
 # Vectors per pair beside the statistics: weights, coefficients, gradients of the statistics.
 _VECTORS = 6
@@ -72,6 +74,11 @@ class Shape:
         return self.target == "cached" or (
             self.target == "hidden" and not self.shares_vocabulary and not self.normalizer_given
         )
+
+
+def _bytes_of(statistics: Sequence[str], accumulator: torch.dtype) -> int:
+    """Bytes of these statistics of one pair."""
+    return sum(8 if name.endswith("argmax") else accumulator.itemsize for name in statistics)
 
 
 class Costs:
@@ -165,14 +172,14 @@ class Costs:
         return self.shape.draft_vocab_size * self.shape.hidden_size * dtype.itemsize if self.shape.needs_weight else 0
 
     def held_bytes(self) -> int:
-        """One pass: the gradients themselves (in half precision's narrow range, dW in float32). Recompute: five
-        statistics a pair."""
+        """One pass: the gradients themselves (in half precision's narrow range, dW in float32). Recompute: the
+        statistics of each pair."""
         if not self.needs_gradient:
             return 0
         if self.one_pass:
             wide = self.shape.dtype == torch.float16
             return self.d_hidden + self.d_weight(self.shape.accumulator if wide else self.shape.dtype)
-        return 5 * self.num_pairs * self.shape.accumulator.itemsize
+        return self.num_pairs * _bytes_of(RowStats._fields[:NUM_SAVED], self.shape.accumulator)
 
     def at_peak(self) -> Parts:
         """What is alive when the most is."""
@@ -268,7 +275,7 @@ class Costs:
         """Temporaries of the PyTorch row operations; the kernels have none."""
         if self.shape.row_operations == "triton":
             return 0
-        rows = max(1, BLOCK_ELEMENTS // columns)
+        rows = max(1, plain.BLOCK_ELEMENTS // columns)
         return _ROW_BUFFERS * rows * columns * self.shape.accumulator.itemsize
 
     def _scratch(self, m: int, k: int, n: int) -> int:
@@ -276,7 +283,7 @@ class Costs:
         return gemm.accumulate_scratch(m, k, n, shape.dtype, shape.accumulator, shape.device)
 
     def _vector_bytes(self) -> int:
-        statistics = 5 * self.shape.accumulator.itemsize + 2 * 8
+        statistics = _bytes_of(RowStats._fields, self.shape.accumulator)
         return self.num_pairs * (statistics + _VECTORS * self.shape.accumulator.itemsize)
 
     def _in_order(self) -> bool:

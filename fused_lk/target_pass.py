@@ -10,7 +10,6 @@ from .opaque import opaque
 from .rows.interface import accumulation_dtype, row_ops
 from .workspace import Tile, row_stride
 
-
 Found = tuple[Tensor, Tensor]  # logsumexp and argmax, [N] each; the lowest index where it is not unique
 
 

@@ -64,7 +64,8 @@ class TargetTiles:
         t = tile.view(chunk.num_targets, columns.stop - columns.start)
         self.write(t, rows, columns)
         if layout.valid is not None:
-            t.masked_fill_(~layout.valid[pairs].unsqueeze(1), 0.0)
+            # Ignored rows that are kept for shape have no answer: their gradient is 0, whatever else they meet.
+            t.masked_fill_(~layout.valid[pairs].unsqueeze(1), NEG_INF)
         return t, None if layout.unique_index is None else layout.unique_index[pairs] - chunk.targets.start
 
     def view(self, rows: slice, columns: slice) -> Tensor:

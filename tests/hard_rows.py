@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_lk import reference
+from fused_lk.rows.interface import tie_width
+
 NEG_INF = float("-inf")
 Member = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 FAMILY: dict[str, Member] = {}
@@ -127,6 +130,50 @@ def offsets(rows: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     z, t = (z * 16).round() / 16, (t * 16).round() / 16
     offset = torch.tensor([0.0, 1e4, -1e6, 1e6], dtype=torch.float64).repeat(rows)[:rows].unsqueeze(1)
     return z + offset, t + offset.flip(0)
+
+
+class Truth:
+    """float64 on the very numbers that a call reads: the mean loss, its gradient, and what ties leave open of it.
+
+    Where q and p agree within rounding, min(p, q) has no derivative but an interval of them: w may be anything in
+    [0, 1]. Then the gradient of log alpha may differ from any one choice by a sum over such columns u of
+    delta_u r_u (1[v = u] - q_v), |delta_u| <= 1. That allows each choice, made once; it does not allow one w in sigma
+    and another in the row.
+    """
+
+    def __init__(
+        self, z: Tensor, log_p: Tensor, objective: str, noise: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.z = z.clone().requires_grad_()
+        kept = reference.lk_loss(self.z, log_p, objective=objective, kl_weight=0.5 if objective == "lambda" else None)
+        self.loss = kept.loss.detach()
+        (self.gradient,) = torch.autograd.grad(kept.loss, self.z)
+        log_q = self.z.detach().log_softmax(1)
+        smaller = torch.minimum(log_q, log_p)
+        finite = smaller.masked_fill(smaller == NEG_INF, 0)
+        r = (finite - kept.log_acceptance.detach().unsqueeze(1)).exp().masked_fill(smaller == NEG_INF, 0)
+        # log q and log p of a column carry the rounding of their distance to the top
+        rounding = noise + 8 * torch.finfo(dtype).eps * (2 + finite.abs())
+        width = tie_width(dtype) + rounding
+        # At the draft's maximum they are told apart by their complements, which keep relative digits.
+        top = log_q.argmax(1, keepdim=True)
+        width.scatter_(1, top, noise + width.gather(1, top) * finite.gather(1, top).abs().clamp(max=1))
+        close = (smaller != NEG_INF) & ((log_q - log_p).abs() <= width)
+        self.r = torch.where(close, r, 0)
+        weight = {"kl": 0.0, "tv": 1.0, "alpha": 1.0, "lambda": 0.5}[objective]
+        log_alpha = kept.log_acceptance.detach()
+        # |d loss / d log alpha| and |d loss / d KL| of a row, in the mean
+        self.d = weight * (torch.ones_like(log_alpha) if objective == "alpha" else log_alpha.exp()) / len(z)
+        self.factor = self.d + {"kl": 1.0, "lambda": 0.5}.get(objective, 0.0) / len(z)
+        q = log_q.exp()
+        # What other decisions in the gradient than in sigma could cost, where the draft's maximum is decided once.
+        self.undecided = self.d * self.r.scatter(1, top, 0.0).sum(1)
+        others = self.r.sum(1, keepdim=True) - self.r
+        self.slack = self.d.unsqueeze(1) * (self.r * (1 - q) + q * others)
+
+    def error(self, gradient: Tensor) -> Tensor:
+        """By how much each element is off, beyond what ties leave open."""
+        return ((gradient.double() - self.gradient).abs() - self.slack).clamp(min=0)
 
 
 @functools.cache

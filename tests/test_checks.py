@@ -100,7 +100,7 @@ def test_an_argmax_that_is_not_known(kind):
     """-1: never right, and in no draft vocabulary; the loss has no use for it."""
     given = Given()
     ids = torch.tensor([0, 2, -1, 3, -1, 4])
-    known, shared = {"log_normalizer": torch.zeros(N), "token_ids": ids}, given.target_weight.detach()[:V]
+    known, shared = {"log_normalizer": torch.full((N,), 30.0), "token_ids": ids}, given.target_weight.detach()[:V]
     target = {
         "hidden": lambda: from_hidden(given, **known),
         "shared": lambda: Target.from_hidden(given.states, shared, **known),
@@ -149,7 +149,9 @@ def test_a_list_is_one_position_per_tensor():
             assert_outputs_agree(as_one, of_tensor, 1e-12)
     pairs = Pairs(mask)  # says itself that there is one position
     assert fused_lk.lk_loss(sources, weight, target, bias=bias, pairs=pairs).acceptance_rate.shape == (1,)
-    assert fused_lk.lk_loss(sources[:1], weight, Target.from_probs(torch.rand(4, 37))).acceptance_rate.shape == (1,)
+    assert fused_lk.lk_loss(
+        sources[:1], weight, Target.from_probs(torch.rand(4, 37).softmax(-1))
+    ).acceptance_rate.shape == (1,)
 
 
 def test_a_single_position_is_not_decayed():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from hard_rows import Truth
 from problems import make_problem
 
 import fused_lk
@@ -76,15 +77,25 @@ def test_bitwise_ties_follow_torch_minimum(impl, never, plan, dtype):
 @pytest.mark.parametrize("plan", ["one_pass", "recompute"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_token_in_common(impl, plan):
-    """Draft and target exclude one another (-inf on both sides): acceptance 0, KL infinite, nothing to learn from."""
+    """Draft and target exclude one another (-inf on both sides): alpha 0, TV 1, KL and -log alpha infinite.
+
+    The target has an answer, so the row counts; min(p, q) has no gradient there, and that of KL is finite.
+    """
     z = torch.tensor([[0.0, 1.0, NEG_INF, NEG_INF], [0.0, 1.0, 2.0, 3.0]])
     t = torch.tensor([[NEG_INF, NEG_INF, 0.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
-    for objective in ("kl", "tv", "alpha"):
-        out, gradient = from_logits(z, t, impl, objective, plan=plan)
-        alone, expected = from_logits(z[1:], t[1:], impl, objective, plan=plan)
+    d_kl = torch.softmax(z[0].double(), 0) - torch.softmax(t[0].double(), 0)
+    for objective, value in (("kl", math.inf), ("tv", 1.0), ("alpha", math.inf), ("lambda", math.inf)):
+        options = {"kl_weight": 0.5} if objective == "lambda" else {}
+        out, gradient = from_logits(z, t, impl, objective, plan=plan, **options)
+        alone, expected = from_logits(z[1:], t[1:], impl, objective, plan=plan, **options)
+        oracle, _ = from_logits(z, t, "reference", objective, **options)
         assert out.token_log_acceptance[0] == NEG_INF
-        torch.testing.assert_close(out.loss, alone.loss / 2)
-        assert not gradient[0].any()
+        assert out.num_unsupported == oracle.num_unsupported == 0
+        assert out.kl == math.inf
+        torch.testing.assert_close(out.loss, (alone.loss + value) / 2)
+        torch.testing.assert_close(oracle.loss, out.loss)
+        of_kl = {"kl": 0.5, "lambda": 0.25}.get(objective, 0.0)
+        torch.testing.assert_close(gradient[0], d_kl * of_kl, rtol=0, atol=1e-12)
         torch.testing.assert_close(gradient[1:], expected / 2)
 
 
@@ -204,8 +215,8 @@ def test_garbage_in_ignored_rows_never_leaks(impl, skip_masked, kind):
     garbage = torch.tensor([float("nan"), float("inf"), NEG_INF]).repeat(20)
     for x in (dirty.sources[0], *dirty.target.tiles.tensors()[:1]):
         x[~mask] = garbage[: x.shape[1]].double()
-    if dirty.target._log_normalizer is not None and kind != "probs":
-        dirty.target._log_normalizer[~mask] = float("nan")
+    if dirty.target._normalizer is not None and kind != "probs":
+        dirty.target._normalizer.value[~mask] = float("nan")
     for options in ({"objective": "alpha"}, {}, {"reduction": "none"}):
         expected, expected_gradients = clean.run(impl=impl, mask=mask, skip_masked=skip_masked, **options)
         out, gradients = dirty.run(impl=impl, mask=mask, skip_masked=skip_masked, **options)
@@ -239,9 +250,9 @@ def test_a_vocabulary_of_151936(impl):
     t[1] = -t[1] * 40
     for objective in ("alpha", "kl"):
         out, gradient = from_logits(z, t, impl, objective, dtype=torch.float32)
-        oracle, expected = from_logits(z, t, "reference", objective)
-        torch.testing.assert_close(out.loss.double(), oracle.loss, rtol=1e-5, atol=0)
-        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-7)
+        truth = Truth(z.double(), t.double().log_softmax(1), objective)
+        torch.testing.assert_close(out.loss.double(), truth.loss, rtol=1e-5, atol=0)
+        assert (truth.error(gradient) <= 1e-4 * truth.gradient.abs() + 1e-7).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

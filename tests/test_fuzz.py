@@ -187,9 +187,7 @@ def test_row_operations(impl, data):
             guard.assert_untouched()
         for part in torch.arange(size).chunk(case["blocks"]):
             columns = slice(int(part[0]), int(part[-1]) + 1)
-            block = LogitRows(
-                view["z"][:, columns], view["t"][:, columns], view.get("index"), *scales, columns.start
-            )
+            block = LogitRows(view["z"][:, columns], view["t"][:, columns], view.get("index"), *scales, columns.start)
             ops.gradient(block, stats, view["d_log_alpha"], view["d_kl"], g[:, columns])
 
     for guard in guards.values():
@@ -244,7 +242,9 @@ def test_lse_argmax(impl, data, share):
     assert torch.equal(argmax.view, lowest_argmax(x))
     scaled = x.double() * scale
     exact = scaled.logsumexp(1)
-    error = 4 * torch.finfo(acc).eps * (exact.abs().nan_to_num(posinf=0) + scaled.abs().nan_to_num(posinf=0).amax(1) + 8)
+    error = (
+        4 * torch.finfo(acc).eps * (exact.abs().nan_to_num(posinf=0) + scaled.abs().nan_to_num(posinf=0).amax(1) + 8)
+    )
     assert_within("lse", lse.view, exact, error)
     if inside is None:
         assert mass.view.isnan().all()

@@ -1,11 +1,7 @@
 """Values and gradients on the family of hard rows, under every plan, walk, workspace and implementation.
 
-The budget: the error against float64 on the same numbers, beyond what ties leave open, is at most 1.5 times that of the
-eager loss in the same dtype, plus a few roundings of the largest number that is added up.
-
-Where q and p agree within rounding, min(p, q) has no derivative but an interval of them: w may be anything in [0, 1].
-Then the gradient of log alpha may differ from any one choice by a sum over such columns u of delta_u r_u (1[v = u] -
-q_v), |delta_u| <= 1. That allows each choice, made once; it does not allow one w in sigma and another in the row.
+The budget: the error against float64 on the same numbers, beyond what ties leave open (`hard_rows.Truth`), is at most
+1.5 times that of the eager loss in the same dtype, plus a few roundings of the largest number that is added up.
 """
 
 from __future__ import annotations
@@ -22,47 +18,18 @@ from fused_lk.rows.interface import tie_width
 
 NEG_INF = float("-inf")
 IMPLS = ["torch", "triton"]
-ROWS, SIZE = 24, 301
-OBJECTIVES = ("kl", "tv", "alpha", "lambda")
+# Rows and objectives: Triton's interpreter takes some milliseconds a row.
+ROWS = {"torch": 24, "triton": 9}
+OBJECTIVES = {"torch": ("kl", "tv", "alpha", "lambda"), "triton": ("tv", "lambda")}
+SIZE = 301
 EPS = torch.finfo(torch.float32).eps
-# name: (options of the call, MiB of workspace); SIZE columns of 24 rows are 0.03 MiB a tile
+# SIZE columns of 24 rows are 0.03 MiB a tile.
 WALKS = {
     "one pass": {"plan": "one_pass"},
     "one pass, small chunks": {"plan": "one_pass", "workspace_mb": 0.015},
     "recompute": {"plan": "recompute"},
     "recompute, blocks of columns": {"plan": "recompute", "workspace_mb": 0.012},
 }
-
-
-class Truth:
-    """float64 on the very numbers that the call reads: values, the gradient, and what ties leave open of it."""
-
-    def __init__(self, z, log_p, objective, dtype=torch.float32):
-        self.z = z.clone().requires_grad_()
-        kept = reference.lk_loss(self.z, log_p, objective=objective, kl_weight=0.5 if objective == "lambda" else None)
-        self.loss = kept.loss.detach()
-        (self.gradient,) = torch.autograd.grad(kept.loss, self.z)
-        log_q = self.z.detach().log_softmax(1)
-        smaller = torch.minimum(log_q, log_p)
-        finite = smaller.masked_fill(smaller == NEG_INF, 0)
-        r = (finite - kept.log_acceptance.detach().unsqueeze(1)).exp().masked_fill(smaller == NEG_INF, 0)
-        # log q and log p of a column carry the rounding of their distance to the top
-        rounding = 8 * torch.finfo(dtype).eps * (2 + finite.abs())
-        # At the top of sure rows they are told apart by their complements; there the interval is small anyway.
-        close = (finite != 0) & ((log_q - log_p).abs() <= tie_width(dtype) + rounding)
-        self.r = torch.where(close, r, 0)
-        weight = {"kl": 0.0, "tv": 1.0, "alpha": 1.0, "lambda": 0.5}[objective]
-        log_alpha = kept.log_acceptance.detach()
-        # |d loss / d log alpha| and |d loss / d KL| of a row, in the mean
-        self.d = weight * (torch.ones_like(log_alpha) if objective == "alpha" else log_alpha.exp()) / len(z)
-        self.largest = self.d.max() + {"kl": 1.0, "lambda": 0.5}.get(objective, 0.0) / len(z)
-        q = log_q.exp()
-        others = self.r.sum(1, keepdim=True) - self.r
-        self.slack = self.d.unsqueeze(1) * (self.r * (1 - q) + q * others)
-
-    def error(self, gradient):
-        """By how much each element is off, beyond what ties leave open."""
-        return ((gradient.double() - self.gradient).abs() - self.slack).clamp(min=0)
 
 
 def eager(z, t, objective):
@@ -96,10 +63,9 @@ def through_a_head(z, t, objective, impl, **options):
 
 
 def allowed_error(truth, z, t, objective):
-    """1.5 times the eager error, and a few roundings of the largest factor."""
+    """Per row: 1.5 times the eager error, and a few roundings of the largest factor."""
     _, theirs = eager(z.float(), t.float(), objective)
-    theirs = truth.error(theirs).max()
-    return 1.5 * theirs.nan_to_num(0) + 16 * EPS * truth.largest
+    return 1.5 * truth.error(theirs).amax(1).nan_to_num(0) + 16 * EPS * truth.factor
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -108,17 +74,34 @@ def allowed_error(truth, z, t, objective):
 def test_gradients_within_the_eager_error(member, impl, walk, monkeypatch):
     if launch.INTERPRETED:
         monkeypatch.setattr(launch, "INTERPRETER_BLOCK_V", 256)
-    z, t = hard_rows.make(member, ROWS, SIZE)
-    for objective in OBJECTIVES:
-        truth = Truth(z, t.log_softmax(1), objective)
+    z, t = hard_rows.make(member, ROWS[impl], SIZE)
+    for objective in OBJECTIVES[impl]:
+        truth = hard_rows.Truth(z, t.log_softmax(1), objective)
         out, gradient, row_sums, _, d_bias = through_a_head(z.float(), t.float(), objective, impl, **WALKS[walk])
         allowed = allowed_error(truth, z, t, objective)
-        assert truth.error(gradient).max() <= allowed, objective
+        assert (truth.error(gradient).amax(1) <= allowed).all(), objective
         # rows sum to zero, whatever the walk decided about ties
-        assert row_sums.abs().max() <= 16 * EPS * truth.largest, objective
-        assert d_bias.sum().abs() <= ROWS * 16 * EPS * truth.largest, objective
+        assert (row_sums.abs() <= 16 * EPS * truth.factor).all(), objective
+        assert d_bias.sum().abs() <= 16 * EPS * truth.factor.sum(), objective
         theirs = (eager(z.float(), t.float(), objective)[0].double() - truth.loss).abs().nan_to_num(0)
         assert (out.loss.double() - truth.loss).abs() <= 1.5 * theirs + 8 * EPS * (1 + truth.loss.abs()), objective
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("member", ["sure_of_the_same", "sure_alike", "sure_of_different_ones"])
+def test_sure_rows_keep_their_digits(member, impl, walk):
+    """Eager keeps absolute digits: a gradient of 1e-9 is off by 1e-7. Here they are relative to what the row's draft and
+    target leave to all other tokens, 1 - q and 1 - p, which is how large its gradient can be."""
+    z, t = hard_rows.make(member, ROWS[impl], SIZE)
+    for objective in OBJECTIVES[impl]:
+        truth = hard_rows.Truth(z, t.log_softmax(1), objective)
+        _, gradient, _, _, _ = through_a_head(z.float(), t.float(), objective, impl, **WALKS[walk])
+        top = z.argmax(1, keepdim=True)
+        others = torch.maximum(*(x.softmax(1).scatter(1, top, 0.0).sum(1) for x in (z, t)))
+        # The exponential of a log-probability of -40 has the rounding of 40; the truth has that of float64 beside 1.
+        allowed = (64 * EPS * others + 8 * torch.finfo(torch.float64).eps) * truth.factor
+        assert (truth.error(gradient).amax(1) <= allowed).all(), objective
 
 
 @pytest.mark.parametrize("walk", ["recompute", "recompute, blocks of columns"])
@@ -137,25 +120,26 @@ def test_other_last_bits_in_the_backward(member, impl, walk, monkeypatch):
         noise = torch.empty(out.shape).uniform_(-2, 2, generator=generator)
         out.copy_(out * (1 + EPS * noise))
 
-    z, t = hard_rows.make(member, ROWS, SIZE)
-    for objective in ("tv", "alpha", "lambda"):
+    z, t = hard_rows.make(member, ROWS[impl], SIZE)
+    for objective in OBJECTIVES[impl][-3:]:
         with monkeypatch.context() as patched:
             patched.setattr(gemm, "linear_into", jittered)
             _, gradient, row_sums, _, _ = through_a_head(z.float(), t.float(), objective, impl, **WALKS[walk])
-        truth = Truth(z, t.log_softmax(1), objective)
-        # Noise in z moves q and r by as much, and the ramps of tied columns by noise / (2 * TIE).
+        # Noise in z moves q and r by as much, and the ramp of a tied column that is not the draft's maximum by noise /
+        # (2 * TIE). In sure rows the gradient is as small as those columns together, and so must its error be.
         noise = 4 * EPS * z.masked_fill(z == NEG_INF, 0).abs().amax()
-        roundings = (4 * noise + 16 * EPS) * truth.largest
-        assert truth.error(gradient).max() <= roundings
-        steps = truth.d * truth.r.sum(1).clamp(max=1) * (noise / tie_width(torch.float32))
-        assert (row_sums.abs() <= steps + roundings).all()
+        truth = hard_rows.Truth(z, t.log_softmax(1), objective, noise=noise)
+        roundings = (4 * noise + 16 * EPS) * truth.factor
+        undecided = truth.undecided * (noise / (2 * tie_width(torch.float32))).clamp(max=1)
+        assert (truth.error(gradient) <= (undecided + roundings).unsqueeze(1)).all()
+        assert (row_sums.abs() <= undecided + roundings).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("member", hard_rows.FAMILY)
 def test_a_common_offset_changes_nothing(member, impl):
     """Logits in hand in steps of 1/16, and 2**16 on top: the same numbers, to the last bit of the logits."""
-    z, t = ((x * 16).round() / 16 for x in hard_rows.make(member, ROWS, SIZE))
+    z, t = ((x * 16).round() / 16 for x in hard_rows.make(member, ROWS[impl], SIZE))
     if member == "offsets":
         z, t = z - z.amax(1, keepdim=True), t - t.amax(1, keepdim=True)
     results = []
@@ -166,7 +150,7 @@ def test_a_common_offset_changes_nothing(member, impl):
         results.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaf)))
     for loss, gradient in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=4 * EPS, atol=4 * EPS)
-        torch.testing.assert_close(gradient, results[0][1], rtol=4 * EPS, atol=EPS / ROWS)
+        torch.testing.assert_close(gradient, results[0][1], rtol=4 * EPS, atol=EPS / len(z))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -174,9 +158,9 @@ def test_a_common_offset_changes_nothing(member, impl):
 def test_an_offset_over_a_truncated_vocabulary(kind, impl):
     """The normaliser of the full vocabulary keeps its digits, too; KL was off by 7 % at 1e6."""
     size = 400
-    z, t = ((x * 16).round() / 16 for x in hard_rows.make("trained", ROWS, size))
+    z, t = ((x * 16).round() / 16 for x in hard_rows.make("trained", ROWS[impl], size))
     t2d = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.75
-    truth = Truth(z[:, t2d], t.log_softmax(1)[:, t2d], "lambda")
+    truth = hard_rows.Truth(z[:, t2d], t.log_softmax(1)[:, t2d], "lambda")
     for offset in (0.0, 1e4, 1e6 if kind == "logits" else 0.0):
         logits = (t + offset).float()
         vocab = fused_lk.DraftVocab(t2d)
@@ -188,13 +172,13 @@ def test_an_offset_over_a_truncated_vocabulary(kind, impl):
         out = fused_lk.lk_loss_from_logits(leaf, target, objective="lambda", kl_weight=0.5, impl=impl)
         (gradient,) = torch.autograd.grad(out.loss, leaf)
         torch.testing.assert_close(out.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
-        assert truth.error(gradient).max() <= 32 * EPS / ROWS
+        assert truth.error(gradient).max() <= 32 * EPS / len(z)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("member", hard_rows.FAMILY)
 def test_permuting_the_vocabulary_permutes_the_gradient(member, impl):
-    z, t = (x.float() for x in hard_rows.make(member, ROWS, SIZE))
+    z, t = (x.float() for x in hard_rows.make(member, ROWS[impl], SIZE))
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(3))
     results = []
     for columns in (torch.arange(SIZE), order):
@@ -203,15 +187,15 @@ def test_permuting_the_vocabulary_permutes_the_gradient(member, impl):
         out = fused_lk.lk_loss_from_logits(leaf, target, objective="tv", impl=impl)
         results.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaf)))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=8 * EPS, atol=4 * EPS)
-    truth = Truth(z.double(), t.double().log_softmax(1), "tv")
+    truth = hard_rows.Truth(z.double(), t.double().log_softmax(1), "tv")
     difference = (results[0][1][:, order] - results[1][1]).abs().double() - 2 * truth.slack[:, order]
-    assert difference.max() <= 8 * EPS / ROWS
+    assert difference.max() <= 8 * EPS / len(z)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("member", ["sure_alike", "trained", "impossible_tokens"])
 def test_splitting_a_batch_adds_up(member, impl):
-    z, t = (x.float() for x in hard_rows.make(member, ROWS, SIZE))
+    z, t = (x.float() for x in hard_rows.make(member, ROWS[impl], SIZE))
 
     def run(rows):
         leaf = z[rows].clone().requires_grad_()
@@ -220,7 +204,7 @@ def test_splitting_a_batch_adds_up(member, impl):
         return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]
 
     whole, gradient = run(slice(None))
-    parts = [run(slice(a, a + 5)) for a in range(0, ROWS, 5)]
+    parts = [run(slice(a, a + 5)) for a in range(0, len(z), 5)]
     torch.testing.assert_close(sum(x for x, _ in parts), whole, rtol=4 * EPS, atol=0)
     torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient, rtol=EPS, atol=EPS)
 
@@ -231,7 +215,7 @@ def test_splitting_a_batch_adds_up(member, impl):
 def test_a_real_model(draft, walk, impl):
     """Hidden states of SmolLM2 and of a draft trained on it; float32 beside the eager loss on the same numbers."""
     data = hard_rows.smollm2()
-    rows = slice(0, 128 if impl == "torch" else 48)
+    rows = slice(0, 128 if impl == "torch" else 24)
     scale = 4.0 if draft == "sure" else 1.0
     states, head, t2d = data["target_hidden"][rows].float() * scale, data["target_head"].float(), data["t2d"]
     hidden = data[f"draft_hidden_{draft}"][rows].float()
@@ -262,7 +246,8 @@ def test_a_real_model(draft, walk, impl):
         out = fused_lk.lk_loss(*ours, target, objective=objective, kl_weight=kl_weight, impl=impl, **options)
         got = gradients(out.loss, *ours)
         # What ties leave open, in the hidden states and in the head.
-        truth = Truth(z.detach(), log_p.detach(), objective)
+        noise = 4 * EPS * z.detach().abs().amax()
+        truth = hard_rows.Truth(z.detach(), log_p.detach(), objective, noise=noise)
         slack = [(truth.slack @ leaves[1].double().abs()).max(), (truth.slack.t() @ leaves[0].double().abs()).max()]
         for name, a, b, c, open_ in zip(("dH", "dW"), got, want, theirs, slack, strict=True):
             error, allowed = (a - b).abs().max(), (c - b).abs().max()

@@ -100,10 +100,10 @@ def held(plan, steps, pairs, frozen=(), dtype=torch.bfloat16, n=4096, h=64, v=20
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_recompute_holds_at_most_64_bytes_a_pair(work):
+def test_recompute_holds_at_most_80_bytes_a_pair(work):
     steps, pairs = WORK[work](4096)
     num_pairs = 4096 if pairs is None else pairs.num_pairs
-    assert 0 < held("recompute", steps, pairs)[0] <= 64 * num_pairs
+    assert 0 < held("recompute", steps, pairs)[0] <= 80 * num_pairs
 
 
 @pytest.mark.parametrize("work", WORK)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each may import those after it, and none before it.
 LAYERS = (
     *("modules", "losses", "reduction", "engine", "operators", "call"),
-    *("autograd", "chunked", "draft", "rowwise", "kernels"),
+    *("autograd", "chunked", "draft", "rows", "kernels"),
 )
 
 
@@ -90,9 +90,9 @@ def reached(start, graph):
 def test_the_graph_is_read_right():
     assert {"losses", "target", "vocab"} <= GRAPH["__init__"] | reached("__init__", GRAPH)
     assert GRAPH["losses"] >= {"call", "engine", "reduction"}
-    assert "kernels.launch" in DEFERRED["rowwise"]
+    assert "kernels.launch" in DEFERRED["rows.interface"]
     assert "kernels.row_stats" in GRAPH["kernels.launch"]
-    assert "rowwise" in GRAPH["kernels.launch"]
+    assert "rows.interface" in GRAPH["kernels.launch"]
 
 
 def test_imports_run_one_way():
@@ -114,7 +114,7 @@ def test_what_stands_alone():
         every = GRAPH[name] | DEFERRED[name]
         inside = name.split(".")[0]
         if inside == "kernels":
-            assert {x for x in every if not x.startswith("kernels")} <= {"rowwise", "validation"}, name
+            assert {x for x in every if not x.startswith("kernels")} <= {"rows.interface", "validation"}, name
         elif inside != "integrations":
             assert not {x for x in every if x.startswith("integrations")}, name
             assert not {x for x in GRAPH[name] if x.startswith("kernels")}, f"{name} needs Triton to be imported"

@@ -13,8 +13,8 @@ import torch
 from allocations import Allocations
 from transformers import LlamaConfig
 
-from fused_lk.rows import plain
 from fused_lk.integrations import specforge
+from fused_lk.rows import plain
 
 PEER = peers.specforge()
 DEVICE = peers.device()

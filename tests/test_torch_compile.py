@@ -12,6 +12,7 @@ from problems import make_problem, make_vocab
 
 import fused_lk
 from fused_lk import operators, target_pass
+from fused_lk.rows.interface import NUM_SAVED
 
 HIDDEN, DRAFT, TARGET, STEPS = 6, 37, 53, 3
 MODES = {
@@ -204,20 +205,21 @@ def test_opcheck(kind, dtype, work):
     for rule in (("lambda", 3.0, 1.0, weights), ("alpha", 3.0, 1.0, None)):
         torch.library.opcheck(operators.one_pass_loss.operator, (*flat, weights, *rule, needs))
     flat = flat._replace(draft=[x.detach() for x in flat.draft])
-    stats = operators.row_divergences(*flat)[:5]
-    torch.library.opcheck(operators.row_gradients.operator, (*flat, *stats, weights, weights, needs))
+    stats = operators.row_divergences(*flat)[:NUM_SAVED]
+    torch.library.opcheck(operators.row_gradients.operator, (*flat, stats, weights, weights, needs))
 
 
 def test_opcheck_of_the_targets_pass():
     head, *_ = setup()
     _, states, *_ = batch(8)
-    ids = head.vocab.target_ids
+    t2d, ids = head.vocab.t2d, head.vocab.target_ids
     mask = torch.ones(8, dtype=torch.bool)  # of all rows: opcheck holds a NaN for different from itself
-    for arguments in ((None, None, False), (mask, ids, True), (None, None, True)):
+    for vocab, cache in (((None, None, None), False), ((mask, t2d, ids), True), ((None, None, None), True)):
         torch.library.opcheck(
-            target_pass.over_hidden.operator, (states, head.weight, None, *arguments, 0.8, "torch", None)
+            target_pass.stream_hidden.operator,
+            (states, head.weight, None, *vocab, 0.8, "torch", None, False, cache),
         )
-    torch.library.opcheck(target_pass.over_logits.operator, (states @ head.weight.T, 0.8, "torch"))
+    torch.library.opcheck(target_pass.stream_logits.operator, (states @ head.weight.T, t2d, 0.8, "torch"))
 
 
 def token_batch(num_sequences=2, length=7):
@@ -294,7 +296,7 @@ def test_contents_are_not_read_in_a_graph(monkeypatch):
 
     def run(hidden, states, denominator):
         ids = torch.zeros(6, dtype=torch.long)
-        target = fused_lk.Target.from_hidden(states, head, log_normalizer=states.sum(-1), token_ids=ids)
+        target = fused_lk.Target.from_hidden(states, head, log_normalizer=30 + states.sum(-1), token_ids=ids)
         pairs = fused_lk.Pairs(mask, rows, positions, STEPS)
         return loss(hidden, weight, target, pairs=pairs, denominator=denominator).loss
 

@@ -38,10 +38,10 @@ def lse_argmax(
     columns = None if inside is None else inside.to(acc)
     outside = None if columns is None else 1 - columns
     for start, stop in _blocks(x):
-        raw = x[start:stop].to(acc)
-        top, at = _argmax(raw)
+        row = x[start:stop].to(acc)
+        top, at = _argmax(row)
         argmax[start:stop] = at
-        row = _centred(raw, top, scale)
+        row = _centred(row, top, scale, in_place=x.dtype != acc)
         probs = torch.softmax(row, 1)
         lse[start:stop] = torch.where(top == NEG_INF, top, scale * top - _at(probs, at).log())
         if columns is None:
@@ -92,14 +92,15 @@ class _Block:
         self.rows, self.out, self.start, self.stop = rows, stats.rows(start, stop), start, stop
         self.acc = stats.log_acceptance.dtype
         self.tie = tie_width(self.acc)
-        self.raw_z = rows.z[start:stop].to(self.acc)
-        self.raw_t = (rows.t[start:stop] if rows.t_index is None else rows.t[rows.t_index[start:stop]]).to(self.acc)
+        # The logits; from `_centre` on relative to their row's maximum.
+        self.z = rows.z[start:stop].to(self.acc)
+        self.t = (rows.t[start:stop] if rows.t_index is None else rows.t[rows.t_index[start:stop]]).to(self.acc)
 
     def statistics(self, normalizer: Normalizer | None) -> tuple[Tensor, Tensor, Tensor]:
         """Write the statistics; returns q, pt and 2 w q, each `[b, V]`, the last 0 in the column of q's maximum."""
         out, tie = self.out, self.tie
-        z_top, z_at = _argmax(self.raw_z)
-        t_top, t_at = _argmax(self.raw_t)
+        z_top, z_at = _argmax(self.z)
+        t_top, t_at = _argmax(self.t)
         out.draft_top.copy_(z_top)
         out.target_top.copy_(t_top)
         out.draft_argmax.copy_(z_at)
@@ -145,6 +146,8 @@ class _Block:
         careful = ~torch.isfinite(out.kl) & ~unsupported
         if _any(careful):
             self._careful_kl(careful.nonzero().squeeze(1))
+        # A NaN of the draft, which the floor of log_ratio hides, or of the normaliser, which KL does not use.
+        out.kl.masked_fill_(out.log_acceptance.isnan(), float("nan"))
         if _any(unsupported):
             for x in (out.sigma, out.top_log_acceptance, out.top_kl, out.kl):
                 x.masked_fill_(unsupported, 0.0)
@@ -181,10 +184,11 @@ class _Block:
         gradient_out.copy_(total)
 
     def _centre(self) -> None:
-        """The logits relative to their row's maximum, and scaled: exact, whatever their common offset."""
+        """Take the row's maximum off the logits, and scale: exact, whatever their common offset."""
         rows, out = self.rows, self.out
-        self.z = _centred(self.raw_z, out.draft_top, rows.z_scale)
-        self.t = _centred(self.raw_t, out.target_top, rows.t_scale)
+        self.z = _centred(self.z, out.draft_top, rows.z_scale, in_place=rows.z.dtype != self.acc)
+        is_copy = rows.t.dtype != self.acc or rows.t_index is not None
+        self.t = _centred(self.t, out.target_top, rows.t_scale, in_place=is_copy)
 
     def _mass(self, pt: Tensor, normalizer: Normalizer | None) -> tuple[Tensor, Tensor]:
         """p, and log_mass as the formulas use it; `out.log_mass` keeps what a nonsensical normaliser gave."""
@@ -274,12 +278,14 @@ def _top_weight(log_q: Tensor, log_p: Tensor, tie: float) -> Tensor:
 
 
 def _top_and_rest(probs: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest probability of each row, and the sum of all others; that one is exact however near 1 the largest is."""
+    """The largest probability of each row, and the sum of all others: added up where the largest is near 1 and has
+    lost its digits, else what it leaves of 1, because `probs` sum to 1 only up to rounding."""
     at = at.unsqueeze(1)
     top = probs.gather(1, at)
     rest = probs.scatter_(1, at, 0.0).sum(1)
     probs.scatter_(1, at, top)
-    return top.squeeze(1), rest
+    top = top.squeeze(1)
+    return top, torch.where(rest < 0.5, rest, 1 - top)
 
 
 def _log_total(top: Tensor, rest: Tensor) -> Tensor:
@@ -328,8 +334,9 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, first + x.gather(1, columns).argmax(1)
 
 
-def _centred(x: Tensor, top: Tensor, scale: float) -> Tensor:
-    centred = x - _finite(top).unsqueeze(1)
+def _centred(x: Tensor, top: Tensor, scale: float, *, in_place: bool) -> Tensor:
+    top = _finite(top).unsqueeze(1)
+    centred = x.sub_(top) if in_place else x - top
     return centred if scale == 1.0 else centred.mul_(scale)
 
 

@@ -1,0 +1,152 @@
+"""A NaN in a supervised row reaches the loss and the gradient; one in an ignored row reaches nothing.
+
+The same for what makes NaN: infinite logits, negative probabilities, and targets that sum to more than 1.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_lk
+
+NAN, INF = float("nan"), float("inf")
+IMPLS = ["torch", "triton"]
+CALLS = [
+    *((objective, {"plan": plan}) for objective in ("kl", "tv", "alpha") for plan in ("one_pass", "recompute")),
+    ("lambda", {}),
+    ("lambda", {"lambda_per": "token"}),
+    ("lambda", {"kl_weight": 0.5, "plan": "recompute"}),
+]
+
+
+def logits(rows=4, size=40):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, size, generator=generator), torch.randn(rows, size, generator=generator)
+
+
+def run(z, target, objective, impl, **options):
+    leaf = z.clone().requires_grad_()
+    out = fused_lk.lk_loss_from_logits(leaf, target, objective=objective, impl=impl, **options)
+    return out, torch.autograd.grad(out.loss, leaf)[0]
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("where", ["draft nan", "draft +inf", "target nan", "target +inf", "a row of -inf drafts"])
+@pytest.mark.parametrize("objective, options", CALLS, ids=str)
+def test_it_reaches_the_loss(objective, options, where, impl):
+    z, t = logits()
+    side = t if where.startswith("target") else z
+    side[1, 7] = INF if "+inf" in where else NAN
+    if "row" in where:
+        z[1] = -INF
+    target = fused_lk.Target.from_logits(t)
+    out, gradient = run(z, target, objective, impl, **options)
+    assert out.loss.isnan()
+    assert out.num_unsupported == 0
+    assert out.acceptance_rate.isnan()
+    assert out.kl.isnan()
+    if impl != "reference":
+        assert gradient[1].isnan().all()
+    if objective != "lambda" or options:  # else lambda itself is a mean over the batch
+        assert not gradient[[0, 2, 3]].isnan().any()
+    for skip_masked in (True, False):
+        mask = torch.tensor([True, False, True, True])
+        out, gradient = run(z, target, objective, impl, mask=mask, skip_masked=skip_masked, **options)
+        assert out.loss.isfinite()
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("objective", ["kl", "tv", "alpha"])
+def test_half_precision_that_overflows(objective, impl):
+    z, t = logits()
+    out, _ = run((z * 1e6).half(), fused_lk.Target.from_logits(t.half()), objective, impl)
+    assert out.loss.isnan()
+
+
+def bad_targets(rows, size):
+    z, t = logits(rows, size)
+    probs = t.softmax(1)
+    negative, scaled, slightly = probs.clone(), probs.clone(), probs.clone()
+    negative[1, 3] = -0.1
+    scaled[1] *= 1.5
+    slightly[1] *= 1 + 1e-6
+    vocab = fused_lk.DraftVocab(torch.arange(size) < size)
+    ids = t.topk(5).indices
+    log_probs = torch.full((rows, 5), -2.0)
+    positive = log_probs.clone()
+    positive[1, 0] = 0.7
+    given = t.logsumexp(1)
+    wrong = given.clone()
+    wrong[1] -= 3
+    nan = given.clone()
+    nan[1] = NAN
+    return z, {
+        "negative probabilities": (fused_lk.Target.from_probs(negative), "nan"),
+        "logits as probabilities": (fused_lk.Target.from_probs(t), "nan"),
+        "sum 1.5": (fused_lk.Target.from_probs(scaled), "error"),
+        "sum 1 and rounding": (fused_lk.Target.from_probs(slightly), "right"),
+        "positive log-probabilities": (fused_lk.Target.from_topk(ids, positive, vocab), "error"),
+        "a normaliser that is too small": (fused_lk.Target.from_hidden(t, torch.eye(size), log_normalizer=wrong), "error"),
+        "a normaliser that is NaN": (fused_lk.Target.from_hidden(t, torch.eye(size), log_normalizer=nan), "nan"),
+    }  # fmt: skip
+
+
+NAMES = list(bad_targets(2, 10)[1])
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_that_are_no_probabilities(name, impl, monkeypatch):
+    z, targets = bad_targets(4, 40)
+    target, outcome = targets[name]
+    for objective in ("kl", "tv", "alpha", "lambda"):
+        for plan in ("one_pass", "recompute"):
+            options = {"plan": plan, **({"kl_weight": 0.5} if objective == "lambda" else {})}
+            if outcome == "error" and impl != "reference":
+                with pytest.raises(ValueError, match=r"sum to at most 1 .* 1 row\(s\)"):
+                    run(z, target, objective, impl, **options)
+                with monkeypatch.context() as patched:  # as on a device, where nothing is read
+                    patched.setattr("fused_lk.validation.checks_contents", lambda *_, **__: False)
+                    out, gradient = run(z, target, objective, impl, **options)
+            else:
+                out, gradient = run(z, target, objective, impl, **options)
+            assert out.num_unsupported == 0
+            if outcome == "right":
+                assert out.loss.isfinite()
+                assert gradient.isfinite().all()
+            else:
+                assert out.loss.isnan()
+            if name != "logits as probabilities":
+                mask = torch.tensor([True, False, True, True])
+                out, gradient = run(z, target, objective, impl, mask=mask, **options)
+                assert out.loss.isfinite()
+                assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("skip_masked", [True, False])
+def test_ignored_rows_of_infinite_kl(plan, impl, skip_masked):
+    """A bias of -inf makes KL infinite in every row; 0 * inf in a sum is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(4, 8, generator=generator), torch.randn(12, 8, generator=generator)
+    bias = torch.zeros(12).index_fill(0, torch.tensor([3, 4]), -INF)
+    t = torch.randn(4, 12, generator=generator)
+    t[:3, 3:5] = -INF  # only the ignored row meets the excluded tokens
+    mask = torch.tensor([True, True, True, False])
+    pairs = fused_lk.Pairs(mask, skip_masked=skip_masked)
+    for objective in ("kl", "tv", "lambda"):
+        options = {"kl_weight": 0.5} if objective == "lambda" else {}
+        leaf = hidden.clone().requires_grad_()
+        out = fused_lk.lk_loss(
+            leaf, head, fused_lk.Target.from_logits(t), bias=bias, pairs=pairs, objective=objective, plan=plan,
+            impl=impl, **options,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        assert out.loss.isfinite()
+        assert out.kl.isfinite().all()
+        assert gradient.isfinite().all()
+        assert not gradient[3].any()
