@@ -152,7 +152,7 @@ def launcher(case: Case) -> Callable[[], None]:
         return lambda: launch.lse_argmax(logits[0], 1 / 0.7, inside, vector, vector, out.draft_argmax)
     rows = LogitRows(logits[0], logits[1], index, 1 / 0.7, 1.0)
     if case.kernel == "row_stats":
-        normalizer = Normalizer(vector, False, 0.01) if "normalizer" in case.options else None
+        normalizer = Normalizer(vector, False, 0.0) if "normalizer" in case.options else None
         return lambda: launch.stats(rows, normalizer, out)
     into = logits[0] if logits[2].dtype == logits[0].dtype else logits[2]
     return lambda: launch.gradient(rows, out, vector, vector, into)

@@ -149,13 +149,15 @@ def near_unit_scale(*coefficients: Tensor) -> Tensor:
 class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Work, layout: DraftTensors, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        stats = chunked.statistics(work, layout.build(tensors))
         ctx.set_materialize_grads(False)
-        if any(ctx.needs_input_grad):
-            ctx.work, ctx.layout = work.owned(), layout
+        needs_backward = any(ctx.needs_input_grad)
+        if needs_backward:
+            work = work.owned()
+        stats = chunked.statistics(work, layout.build(tensors))
+        if needs_backward:
+            ctx.work, ctx.layout = work, layout
             # The target is saved to be told of changes in place between forward and backward.
-            of_target = ctx.work.target.tiles.tensors()
-            ctx.save_for_backward(*(owned(x) for x in tensors), *stats.saved(), *of_target)
+            ctx.save_for_backward(*(owned(x) for x in tensors), *stats.saved(), *work.target.tiles.tensors())
         results = PairResults.of(stats)
         ctx.mark_non_differentiable(*(x for x in results[2:] if x is not None))
         return tuple(results)

@@ -45,7 +45,7 @@ class Work:
     wants_target_argmax: bool
 
     def owned(self) -> Work:
-        """This work against a target of which every tensor counts its changes in place; see `target_tiles.owned`."""
+        """This work against a target whose tensors a backward may read again; see `Target.owned`."""
         return replace(self, target=self.target.owned())
 
     def accumulator(self, draft: Draft) -> torch.dtype:
@@ -114,7 +114,7 @@ def statistics(work: Work, draft: Draft) -> RowStats:
     out, normalizer = _empty_stats(work, draft), work.pair_normalizer()
     for chunk, _, rows in _walk(work, draft, _Tiles.by_rows(work, draft)):
         work.ops.stats(rows, _of_chunk(normalizer, chunk), out.rows(chunk.start, chunk.stop))
-    _check_mass(normalizer, out)
+    _check_mass(normalizer, out, work.target_scale)
     return out
 
 
@@ -135,7 +135,7 @@ def one_pass(
         work.ops.stats_and_gradient(rows, _of_chunk(normalizer, chunk), out.rows(chunk.start, chunk.stop), g, of_block)
 
     held = _walk_gradients(work, draft, needs, write).held()
-    _check_mass(normalizer, out)
+    _check_mass(normalizer, out, work.target_scale)
     return out, held
 
 
@@ -219,15 +219,15 @@ def _of_chunk(normalizer: Normalizer | None, chunk: Chunk) -> Normalizer | None:
     return None if normalizer is None else normalizer._replace(value=normalizer.value[chunk.start : chunk.stop])
 
 
-def _check_mass(normalizer: Normalizer | None, stats: RowStats) -> None:
+def _check_mass(normalizer: Normalizer | None, stats: RowStats, t_scale: float) -> None:
     """Refuse a target whose probabilities sum to more than 1; on a device, where reading waits, its rows give NaN."""
     if normalizer is None or normalizer.is_mass or not validation.checks_contents(stats.log_mass):
         return
-    excessive = stats.log_mass > normalizer.most_log_mass
+    excessive = stats.log_mass > normalizer.most_log_mass(normalizer.value, stats.target_top, t_scale)
     if bool(excessive.any()):
         validation.fail(
             "a target whose probabilities on the draft vocabulary sum to at most 1 in each supervised row",
-            f"{int(excessive.sum())} row(s) with more, up to {stats.log_mass.exp().max():.4g}",
+            f"{int(excessive.sum())} row(s) with more, up to {stats.log_mass[excessive].exp().max():.4g}",
             "Pass probabilities or log-probabilities, not logits; a log_normalizer must be logsumexp(logits / "
             "temperature) over the full vocabulary.",
         )

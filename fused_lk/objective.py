@@ -86,6 +86,6 @@ def weighted(weight: float | Tensor, x: Tensor) -> Tensor:
 
 
 def coefficients(mix: Mix, log_acceptance: Tensor) -> tuple[Tensor, Tensor]:
-    """`(d loss / d log alpha, d loss / d KL)` per token. (Row gradients of unsupported rows are 0 whatever these are.)"""
+    """`(d loss / d log alpha, d loss / d KL)` per token; rows without an answer have no gradient, whatever they are."""
     d_log_alpha = -(mix.tv * log_acceptance.exp() + mix.nla)
     return d_log_alpha, mix.kl + torch.zeros_like(d_log_alpha)

@@ -30,9 +30,9 @@ from .target import Target
 
 _CALL = (
     "Tensor[] draft, int num_sources, bool linear, ScalarType? logits_dtype, float draft_temperature, Tensor[] target, "
-    "str target_kind, float target_temperature, Tensor? normalizer, bool normalizer_is_mass, float most_log_mass, "
-    "bool wants_target_argmax, Tensor? valid, "
-    "Tensor? target_rows, bool skip_masked, str impl, int? budget"
+    "str target_kind, float target_temperature, Tensor? normalizer, bool normalizer_is_mass, "
+    "float normalizer_rounding, bool wants_target_argmax, Tensor? valid, Tensor? target_rows, bool skip_masked, "
+    "str impl, int? budget"
 )
 
 
@@ -49,7 +49,7 @@ class FlatCall(NamedTuple):
     target_temperature: float
     normalizer: Tensor | None
     normalizer_is_mass: bool
-    most_log_mass: float
+    normalizer_rounding: float
     wants_target_argmax: bool
     valid: Tensor | None
     target_rows: Tensor | None
@@ -58,14 +58,18 @@ class FlatCall(NamedTuple):
     budget: int | None
 
     @classmethod
-    def of(cls, call: Call, layout: Layout, wants_target_argmax: bool) -> FlatCall:
+    def of(cls, call: Call, layout: Layout, wants_target_argmax: bool, saves: bool) -> FlatCall:
+        """`saves`: whether a backward will read these tensors."""
         sources = [x.reshape(-1, x.shape[-1]) for x in call.tensors[: call.draft.num_sources]]
         target = call.target
-        normalizer = target.walk_normalizer() or Normalizer(None, False, 0.0)
+        tiles = (target.owned() if saves else target).tiles
+        normalizer = target.walk_normalizer()
         return cls(
             [*sources, *call.tensors[call.draft.num_sources :]], *call.draft, call.draft_temperature,
-            list(target.tiles.tensors()), target.tiles.kind, target.temperature, *normalizer,
-            wants_target_argmax, layout.valid, layout.target_rows, call.pairs.skip_masked, call.impl, call.budget,
+            list(tiles.tensors()), tiles.kind, target.temperature,
+            None if normalizer is None else normalizer.value, normalizer is not None and normalizer.is_mass,
+            0.0 if normalizer is None else normalizer.rounding, wants_target_argmax,
+            layout.valid, layout.target_rows, call.pairs.skip_masked, call.impl, call.budget,
         )  # fmt: skip
 
     @property
@@ -81,7 +85,7 @@ class FlatCall(NamedTuple):
         tiles = target_tiles.rebuild(self.target_kind, self.target, vocab_size)
         target = Target(tiles, (tiles.num_rows,), None, self.target_temperature)
         if self.normalizer is not None:
-            target._normalizer = Normalizer(self.normalizer, self.normalizer_is_mass, self.most_log_mass)
+            target._normalizer = Normalizer(self.normalizer, self.normalizer_is_mass, self.normalizer_rounding)
         pairs = Pairs(self.valid, self.target_rows, skip_masked=self.skip_masked)
         pairs.check_target(self.num_rows, tiles.num_rows, None)
         shape, temperature = (self.num_rows,), self.draft_temperature
@@ -102,7 +106,7 @@ class Traced:
     def __init__(self, call: Call, one_pass: bool, wants_target_argmax: bool) -> None:
         self.call = call
         self.layout = call.pairs.row_layout(call.num_rows, call.device)
-        self.flat = FlatCall.of(call, self.layout, wants_target_argmax)
+        self.flat = FlatCall.of(call, self.layout, wants_target_argmax, saves=call.needs_gradient and not one_pass)
 
     def divergences(self) -> PairResults:
         return PairResults.of(RowStats(*row_divergences(*self.flat)))
@@ -176,8 +180,11 @@ def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
 
 
 def _per_row(layout: Layout, stats: RowStats, num_rows: int) -> list[Tensor]:
-    """The statistics of every draft row, 0 where ignored: tensors of their own, as an operator's results must be."""
-    return [layout.per_row(x, num_rows) for x in stats if x is not None]
+    """The statistics of every draft row: tensors of their own, as an operator's results must be.
+
+    Rows that are kept for shape have theirs, which tell the backward that they have no answer; others are 0.
+    """
+    return [x if layout.valid is not None else layout.per_row(x, num_rows) for x in stats if x is not None]
 
 
 def _save_divergences(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

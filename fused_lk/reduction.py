@@ -13,6 +13,7 @@ from .metrics import LKOutput, position_sums, ratio
 from .objective import FIXED, MixRule, adaptive_kl_weight, token_loss, weighted
 from .options import LossOptions, per_position
 from .rows.interface import accumulation_dtype
+from .target_tiles import owned
 
 
 class Reduction:
@@ -52,9 +53,9 @@ class Reduction:
         """`[P]`, from a float, `[K]`, or one per token."""
         if isinstance(given, Tensor) and given.shape != (self.num_positions,) and given.shape == self.request.shape:
             validation.same_device(self.request.device, kl_weight=given)
-            of_pair = self.layout.per_pair(given.detach().reshape(-1)).to(self.weights)
+            of_pair = self.layout.per_pair(owned(given.detach()).reshape(-1)).to(self.weights)
             return of_pair if self.layout.valid is None else torch.where(self.layout.valid, of_pair, 0)
-        return self.of_pair(per_position("kl_weight", given, self.num_positions, self.weights))
+        return self.of_pair(owned(per_position("kl_weight", given, self.num_positions, self.weights)))
 
     def _decay(self) -> Tensor:
         k = torch.arange(self.num_positions, dtype=self.weights.dtype, device=self.weights.device)

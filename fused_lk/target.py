@@ -15,11 +15,17 @@ from . import plan, target_pass, validation
 from .autocast import compute_dtype
 from .head import TargetHead, check_is_vocab, check_vocab
 from .layout import Layout
-from .rows.interface import IMPLS, Normalizer
-from .target_tiles import ExactHiddenTiles, HiddenTiles, LogitsTiles, ProbsTiles, TargetTiles, TopKTiles
+from .rows.interface import IMPLS, NEG_INF, Normalizer
+from .target_tiles import (
+    ExactHiddenTiles,
+    HiddenTiles,
+    LogitsTiles,
+    ProbsTiles,
+    TargetTiles,
+    TopKTiles,
+    rebuild,
+)
 from .vocab import DraftVocab
-
-NEG_INF = float("-inf")
 
 
 class Target:
@@ -34,7 +40,8 @@ class Target:
             was neither given nor computed.
         in_draft_vocab: bool `[...]`, whether that argmax is in the draft vocabulary; None like `token_ids`.
 
-    A target is a constant: nothing in it receives a gradient, and what requires one is refused.
+    A target is a constant: nothing in it receives a gradient, and what requires one is refused. Hidden states, logits
+    or probabilities that inference mode made are copied once, when the recompute plan first needs them in a backward.
     """
 
     def __init__(
@@ -45,7 +52,9 @@ class Target:
         temperature: float = 1.0,
         renormalize: bool = False,
     ) -> None:
-        self.tiles, self.shape, self.vocab = tiles, tuple(shape), vocab
+        self._owned: Target | None = None
+        self._take(tiles)
+        self.shape, self.vocab = tuple(shape), vocab
         self.temperature = validation.number("temperature", temperature, above=0)
         self.renormalize = validation.flag("renormalize", renormalize)
         self.computed: np.ndarray | None = None  # host bool [num_tokens]: the rows that `mask` left in; None: all
@@ -163,7 +172,7 @@ class Target:
             found, log_mass, cached = over_full_vocabulary(cache)
             target._knows(found, log_mass if head.vocab is not None else None)
             if cache:
-                target.tiles = LogitsTiles(cached)
+                target._take(LogitsTiles(cached))
         elif head.vocab is None or token_ids is not None:
             target._find = functools.partial(_first, over_full_vocabulary, False)
         return target
@@ -233,7 +242,7 @@ class Target:
         vocab = None if vocab is None else vocab.to(probs.device)
         target = Target(tiles, probs.shape[:-1], vocab, renormalize=renormalize)
         normalizer = tiles.probs.new_zeros(target.num_tokens, dtype=tiles.dtype)
-        target._normalizer = Normalizer(normalizer, False, _EXCESS)
+        target._normalizer = Normalizer(normalizer, False, torch.finfo(probs.dtype).eps)
         target._given(None, token_ids)
         target._find = functools.partial(_argmax_of_probs, normalizer, tiles.probs, vocab)
         return target
@@ -285,7 +294,7 @@ class Target:
         tiles = TopKTiles(rows, draft_ids, vocab if isinstance(vocab, int) else vocab.draft_size)
         target = Target(tiles, token_ids.shape[:-1], draft_vocab, renormalize=renormalize)
         normalizer = rows.new_zeros(target.num_tokens, dtype=tiles.dtype)
-        target._normalizer = Normalizer(normalizer, False, _EXCESS)
+        target._normalizer = Normalizer(normalizer, False, torch.finfo(log_probs.dtype).eps)
         target._token_ids = ids.gather(1, rows.argmax(1, keepdim=True)).squeeze(1)
         return target
 
@@ -321,11 +330,11 @@ class Target:
         normalizer = self.walk_normalizer()
         if normalizer is None:
             return log_pt
-        log_mass = normalizer.value.to(logits)
+        given = normalizer.value.to(logits)
+        log_mass = torch.where(supported, given if normalizer.is_mass else logits.logsumexp(-1) - given, 0.0)
         if not normalizer.is_mass:
-            log_mass = logits.logsumexp(-1) - log_mass
-        log_mass = torch.where(supported, log_mass, 0.0)
-        log_mass = torch.where(log_mass > normalizer.most_log_mass, float("nan"), log_mass)
+            most = normalizer.most_log_mass(given, logits.amax(-1), 1.0)
+            log_mass = log_mass.masked_fill(log_mass > most, float("nan"))
         return log_pt + log_mass.unsqueeze(-1)
 
     # What the loss uses.
@@ -346,13 +355,29 @@ class Target:
         return None if self.renormalize else self._normalizer
 
     def owned(self) -> Target:
-        """This target, of which every tensor that a walk reads counts its changes in place."""
-        tiles = self.tiles.owned()
-        if tiles is self.tiles:
+        """This target, with a copy of each tensor that a walk reads and that inference mode made.
+
+        Those keep no count of changes in place, so that a backward that read one again could silently read something
+        else; nor can autograd save them. The copies are made once, for all calls to come. What a head sliced is its
+        own, and never copied.
+        """
+        if not any(self._of_inference_mode):
             return self
+        if self._owned is not None:
+            return self._owned
         target = copy.copy(self)
-        target.tiles = tiles
+        tensors = zip(self.tiles.tensors(), self._of_inference_mode, strict=True)
+        copies = [x.clone() if of_inference_mode else x for x, of_inference_mode in tensors]
+        target._take(rebuild(self.tiles.kind, copies, self.tiles.vocab_size))
+        if not torch.compiler.is_compiling():
+            self._owned = target
         return target
+
+    def _take(self, tiles: TargetTiles) -> None:
+        """Set the tiles, and note which of their tensors inference mode made: a graph cannot ask that later."""
+        self.tiles = tiles
+        self._of_inference_mode = tuple(not torch.compiler.is_compiling() and x.is_inference() for x in tiles.tensors())
+        self._owned = None
 
     def _look(self) -> tuple[Tensor, Tensor]:
         if self._found is None:
@@ -364,7 +389,7 @@ class Target:
         """Take what the pass over the full vocabulary found, where the caller has not said it."""
         self._found = found
         if self._normalizer is None and log_mass is not None:
-            self._normalizer = Normalizer(log_mass, True, _EXCESS)
+            self._normalizer = Normalizer(log_mass, True, 0.0)
         if self._token_ids is None:
             self._token_ids = found[1]
 
@@ -379,9 +404,8 @@ class Target:
                 validation.same_device(self.device, **{name: value})
                 validation.is_constant(name, value)
         if log_normalizer is not None:
-            # Logits of the target's dtype are off by up to half a unit in the last place, in either place.
-            rounding = 32 * max(torch.finfo(x).eps for x in (self.dtype, log_normalizer.dtype))
-            self._normalizer = Normalizer(log_normalizer.reshape(-1), False, _EXCESS + rounding)
+            rounding = max(torch.finfo(x).eps for x in (self.dtype, log_normalizer.dtype))
+            self._normalizer = Normalizer(log_normalizer.reshape(-1), False, rounding)
         if token_ids is not None:
             size = self.draft_vocab_size if self.vocab is None else self.vocab.target_size
             if validation.checks_contents(token_ids) and bool(((token_ids < -1) | (token_ids >= size)).any()):
@@ -391,10 +415,6 @@ class Target:
                     "Use -1 where the argmax is not known; give vocab where the target's vocabulary is the larger.",
                 )
             self._token_ids = token_ids.reshape(-1)
-
-
-# A sum of probabilities may exceed 1 by rounding; beyond this, in log, they are none.
-_EXCESS = 0.01
 
 
 def _first(function: Callable[..., tuple], *arguments: Any) -> Any:

@@ -37,8 +37,9 @@ def over_hidden(
 ) -> tuple[Found, Tensor, Tensor]:
     """`((logsumexp, argmax), log_mass, cached)` of each row of `hidden @ weight.T + bias`, `[N]` and `[N, V_draft]`.
 
-    Rows outside `mask` are not computed: NaN, 0 and zeros. With `cache`, `cached` holds the columns `cached_ids` (None:
-    all) of the same logits, with a padded row stride; else it is empty. `exact` logits are the product's own float32.
+    Rows outside `mask` are not computed: NaN, -1 and zeros. With `cache`, `cached` holds the columns `cached_ids`
+    (None: all) of the same logits, with a padded row stride; else it is empty. `exact` logits are the product's own
+    float32.
     `log_mass` as in `over_logits`: from the very logits of the logsumexp, so that p never sums to more than 1.
     """
     lse, argmax, log_mass, cached = stream_hidden(
@@ -60,8 +61,8 @@ def _(logits: Tensor, t2d: Tensor | None, scale: float, impl: str) -> tuple[Tens
 
 
 @opaque(
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, float scale, str impl, "
-    "int? budget, bool exact, bool cache) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, float scale, "
+    "str impl, int? budget, bool exact, bool cache) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def stream_hidden(
     hidden: Tensor,
@@ -79,7 +80,7 @@ def stream_hidden(
     n, size = hidden.shape[0], weight.shape[0]
     rows = None if mask is None else mask.nonzero().squeeze(1)
     count = n if rows is None else rows.shape[0]
-    lse, argmax, log_mass = (x.fill_(float("nan") if x.is_floating_point() else 0) for x in _empty(hidden, t2d))
+    lse, argmax, log_mass = (x.fill_(float("nan") if x.is_floating_point() else -1) for x in _empty(hidden, t2d))
     dtype = _logits_dtype(hidden, exact)
     cached = _cache(hidden, weight, cached_ids, cache, dtype)
     ops = row_ops(impl, hidden.device)

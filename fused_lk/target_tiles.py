@@ -15,10 +15,8 @@ from torch import Tensor
 
 from . import gemm
 from .layout import Chunk, Layout
-from .rows.interface import accumulation_dtype
+from .rows.interface import NEG_INF, accumulation_dtype
 from .workspace import Tile
-
-NEG_INF = float("-inf")
 
 
 class TargetTiles:
@@ -38,13 +36,6 @@ class TargetTiles:
     def tensors(self) -> tuple[Tensor, ...]:
         """What must not change between forward and backward, and what `rebuild` takes."""
         raise NotImplementedError
-
-    def owned(self) -> TargetTiles:
-        """These tiles, of which every tensor counts its changes in place."""
-        tensors = self.tensors()
-        if not any(x.is_inference() for x in tensors):
-            return self
-        return rebuild(self.kind, [owned(x) for x in tensors], self.vocab_size)
 
     def lie_in_place(self) -> bool:
         """Whether the caller holds the tile's contents already, so that no workspace is needed."""
@@ -194,8 +185,7 @@ class TopKTiles(TargetTiles):
 
 
 def owned(x: Tensor) -> Tensor:
-    """`x`, or a copy of a tensor of inference mode: those keep no count of changes in place, so that a backward that
-    read one again could silently read something else; nor can autograd save them."""
+    """`x`, or a copy of a tensor of inference mode, which counts no changes in place and which autograd cannot save."""
     return x.clone() if x.is_inference() else x
 
 

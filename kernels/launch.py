@@ -15,6 +15,7 @@ from triton.runtime.driver import driver
 
 from fused_lk import validation
 from fused_lk.rows.interface import (
+    EXCESS,
     Coefficients,
     LogitRows,
     Normalizer,
@@ -47,18 +48,19 @@ TILES = {
     # Twice three numbers of state an element, for the columns inside and outside the draft vocabulary: with 16 elements
     # a thread, up to 198 registers, one row an SM.
     "lse_argmax": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(1024, 256)},
-    # Ten numbers of state an element. With 8 elements: at most 112 registers, so that 2 or 3 rows share an SM (one ends
-    # while another loads; many more, and their second pass would miss the cache) and ask for 16 KiB or more. With 16:
-    # up to 181 registers, one row an SM, some spills; though published, for other kernels, as best on an H100. float64:
-    # 512 x 128 threads spills 8 bytes on an A100, beside a float32 target, where ptxas makes room for a second row.
-    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(512, 64)},
+    # Ten numbers of state an element; 8 elements a thread are 128 bits of half precision. There at most 104 registers
+    # let 2 or 3 rows share an SM (one ends while another loads; many more, and their second pass would miss the cache).
+    # float32: 2,048 x 256 threads spills 8 bytes on an A100 without optional arguments, where ptxas makes room for a
+    # third row; one row of 512 threads does not. float64: likewise 512 x 128, beside a float32 target. 16 elements
+    # spill, though published, for other kernels, as best on an H100.
+    "row_stats": {2: Tile(2048, 256), 4: Tile(4096, 512), 8: Tile(512, 64)},
     # No state: at most 48 registers, 40 warps an SM or more (float64: 36). Small blocks, as a row ends in part of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
 # What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report.
 CANDIDATES = {
     2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256), Tile(4096, 512)),
-    4: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 512)),
+    4: (Tile(4096, 512),),
     8: (Tile(512, 64),),
 }
 KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
@@ -107,7 +109,7 @@ def lse_argmax(
 def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
     """Write the statistics of whole rows into `out`. Without a normaliser p is pt."""
     z, t = _unit_columns(rows.z), _unit_columns(rows.t)
-    acc = out.kl.dtype
+    acc = out.log_acceptance.dtype
     _launch(
         "row_stats",
         z.shape,
@@ -117,7 +119,7 @@ def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None
             None if normalizer is None else _vector(normalizer.value),
             *out,
             *(z.shape[1], *_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
-            0.0 if normalizer is None else normalizer.most_log_mass,
+            0.0 if normalizer is None else normalizer.rounding,
         ),
         {
             "HAS_INDEX": rows.t_index is not None,
@@ -126,6 +128,7 @@ def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None
             "HAS_TARGET_ARGMAX": out.target_argmax is not None,
             "ACC": _triton_dtype(acc),
             "TIE": tie_width(acc),
+            "EXCESS": EXCESS,
         },
     )
 

@@ -101,5 +101,5 @@ def lse_argmax_kernel(
         column = tl.where(top == outer_top, tl.minimum(column, outer_column), tl.where(inner, column, outer_column))
         top = tl.where(inner, top, outer_top)
     tl.store(argmax_ptr + row, column.to(tl.int64))
-    empty = (top <= LOWEST) & (rest == rest)  # -inf alone; NaN stays
+    empty = (top <= LOWEST) & (log_total == log_total)  # -inf alone; NaN stays
     tl.store(lse_ptr + row, tl.where(empty, float("-inf"), top * scale + log_total))

@@ -22,8 +22,8 @@ One row holds draft logits z and target logits t over the draft vocabulary; scal
     r = exp(min(log q, log p) - log alpha);  w = 1 where q < p, 0 where q > p, a ramp of half width TIE between
 
 In the column of the draft's maximum q may be near 1, and the gradient there a difference of nearly equal numbers. So
-this column is kept out of all sums, its w is decided here alone, and what it adds is made from the complements 1 - q
-and 1 - p. log alpha near 0 comes from 1 - alpha, for the same reason.
+this column is kept out of all sums, its w is decided here alone (by a ramp that is relative to log q and log p), and
+what it adds is made from the complements 1 - q and 1 - p. log alpha near 0 comes from 1 - alpha, for the same reason.
 
 Two passes over the row, the second mostly from the cache. All of it in log space: with p and q almost disjoint every
 min(p, q) underflows in float32, and the gradient of log alpha would be 0 or NaN. w r shares the running maximum of
@@ -152,13 +152,14 @@ def row_stats_kernel(
     z_scale_low,
     t_scale_high,
     t_scale_low,
-    most_log_mass,
+    rounding,
     HAS_INDEX: tl.constexpr,
     HAS_NORMALIZER: tl.constexpr,
     IS_MASS: tl.constexpr,
     HAS_TARGET_ARGMAX: tl.constexpr,
     ACC: tl.constexpr,
     TIE: tl.constexpr,
+    EXCESS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One program per row of z; it is scored against row `t_index[row]` of t, or its own."""
@@ -192,9 +193,13 @@ def row_stats_kernel(
     t_rest = tl.where(supported, t_rest, 0.0)
     z_log_total, t_log_total = log1p(z_rest), log1p(t_rest)
     log_mass = tl.zeros([], ACC)
+    excessive = log_mass > 0
     if HAS_NORMALIZER:
-        normalizer = tl.load(normalizer_ptr + row).to(ACC)
-        log_mass = normalizer if IS_MASS else (t_top * t_scale - normalizer) + t_log_total
+        log_mass = tl.load(normalizer_ptr + row).to(ACC)
+        if not IS_MASS:
+            largest = EXCESS + rounding * (tl.abs(t_top * t_scale) + tl.abs(log_mass))
+            log_mass = (t_top * t_scale - log_mass) + t_log_total
+            excessive = log_mass > largest
         log_mass = tl.where(supported, log_mass, 0.0)
     tl.store(draft_top_ptr + row, z_top)
     tl.store(draft_log_total_ptr + row, z_log_total)
@@ -206,7 +211,7 @@ def row_stats_kernel(
         tl.store(target_argmax_ptr + row, t_column.to(tl.int64))
 
     # Comparisons drop NaN; one anywhere in the row, or a target that sums to more than 1, has to reach all results.
-    broken = (z_rest != z_rest) | (t_rest != t_rest) | (log_mass != log_mass) | (log_mass > most_log_mass)
+    broken = (z_rest != z_rest) | (t_rest != t_rest) | (log_mass != log_mass) | excessive
     top = tl.full([BLOCK_V], LOWEST, ACC)
     alpha = tl.zeros([BLOCK_V], ACC)
     sigma, kl = alpha, alpha
@@ -227,7 +232,7 @@ def row_stats_kernel(
 
     # The column of the draft's maximum.
     log_q = -z_log_total
-    log_pt = log_prob(tl.load(t_ptr + z_column).to(ACC), t_top, t_log_total, t_scale)
+    log_pt = log_prob(tl.load(t_ptr + z_column.to(tl.int64)).to(ACC), t_top, t_log_total, t_scale)
     log_p = log_pt + log_mass
     not_q = z_rest / (1.0 + z_rest)
     width = tl.maximum(tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)
@@ -235,7 +240,7 @@ def row_stats_kernel(
     w = 0.5 + 0.5 * tl.minimum(tl.maximum(difference, -1.0), 1.0)
     smaller = tl.minimum(log_q, log_p)
 
-    missed = -expm1(smaller) - tl.exp(log_rest)  # 1 - alpha
+    missed = tl.maximum(-expm1(smaller) - tl.exp(log_rest), 0.0)  # 1 - alpha
     larger = tl.maximum(smaller, log_rest)
     possible = larger > float("-inf")
     base = tl.where(possible, larger, 0.0)

@@ -51,7 +51,9 @@ def test_shipped_tiles_stay_in_registers_and_load_128_bits(rows, arch):
             assert sum(n for bits, n in row.loads.items() if bits >= 128) >= sites, row
             if row.kernel == "row_grad":
                 assert min(row.stores) >= 128, row
-        if row.layout == "unpadded":
+        if (
+            row.layout == "unpadded" and row.kernel != "lse_argmax"
+        ):  # whose marks of columns start at an aligned address
             assert max(row.loads) < 128, "an odd row stride cannot be loaded 128 bits at a time: the layout is not one"
 
 
@@ -66,6 +68,17 @@ def test_multiply_adds_are_not_contracted(arch):
         fused = report.inspect(case, arch)
     assert fused.fused >= 32
     assert any("fused" in breach for breach in fused.breaches)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_logarithms_are_exact_near_one(arch):
+    """log1p and expm1 are corrected by a logarithm of numbers near 1, of which the hardware's `lg2.approx` has absolute
+    digits only."""
+    case = report.Case("row_stats", (FP32, FP32), ALL["row_stats"], "aligned")
+    kernel, _ = report.compile_case(case, arch)
+    code = machine_code.sass(kernel)
+    assert "MUFU.EX2" in code
+    assert "MUFU.LG2" not in code
 
 
 def test_breaches_are_found():
@@ -107,7 +120,7 @@ def launch_all(n, size, at=0):
     vector, index = torch.zeros(n + at)[at:], torch.zeros(n + at, dtype=torch.long)[at:]
     launch.lse_argmax(z, 1.0, torch.zeros(size, dtype=torch.bool), vector, vector, out.draft_argmax)
     rows = LogitRows(z, t, index, 1.0, 0.5, first_column=at)
-    launch.stats(rows, Normalizer(vector, False, 0.01), out)
+    launch.stats(rows, Normalizer(vector, False, 0.0), out)
     launch.gradient(rows, out, vector, vector, z)
 
 
@@ -147,7 +160,7 @@ def test_public_calls_do_not_recompile(plan):
 @pytest.mark.parametrize("width", launch.CANDIDATES)
 def test_autotuning_tries_at_most_six_tiles(width):
     tiles = launch.CANDIDATES[width]
-    assert 1 <= len(tiles) <= 6  # float64 has a single one that stays in registers on every card
+    assert 1 <= len(tiles) <= 6  # float32 and float64 have a single one that stays in registers on every card
     assert len(set(tiles)) == len(tiles)
     assert all(8 <= t.block_v * width // t.threads // 2 <= 32 for t in tiles)
 

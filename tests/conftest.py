@@ -19,8 +19,9 @@ else:
 
     torch.Generator = Generator  # type: ignore[misc]
 
-# Small tensors in many tests: threads cost more than they bring.
-torch.set_num_threads(2)
+# Small tensors in many tests: threads cost more than they bring. (`make test` runs some tests on one thread, too: other
+# sums, other last bits.)
+torch.set_num_threads(int(os.environ.get("FUSED_LK_TEST_THREADS", "2")))
 
 # Tests that search for examples find the same ones in every run.
 settings.register_profile("default", derandomize=True, database=None, deadline=None)

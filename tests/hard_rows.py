@@ -68,7 +68,7 @@ def sure_of_the_same(rows: int, size: int, generator: torch.Generator) -> tuple[
 @_member
 def sure_alike(rows: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The same, and 1 - q within 1e-2 to 1e-9 of 1 - p, relatively."""
-    z, t = sure_of_the_same(rows, size, generator)
+    _, t = sure_of_the_same(rows, size, generator)
     return t + _normal(rows, size, generator) * _spread(-9, -2, rows), t
 
 

@@ -36,6 +36,16 @@ FUZZ_TORCH = "tests/test_fuzz.py::test_row_operations[torch]"
 TILES = "tests/test_kernels.py::test_many_tiles_per_row[1031-torch.float64]"
 TIES = "tests/test_kernels.py::test_ties_have_half_weight"
 EXACT_TIES = "tests/test_extremes.py::test_bitwise_ties_follow_torch_minimum"
+FUZZ_LSE = "tests/test_fuzz.py::test_lse_argmax[triton]"
+HARD = "tests/test_hard_rows.py::test_{}"
+DIGITS_TORCH, DIGITS_TRITON = (
+    HARD.format(f"sure_rows_keep_their_digits[sure_alike-{x}-recompute]") for x in ("torch", "triton")
+)
+BLOCKS_TORCH, BLOCKS_TRITON = (
+    HARD.format(f"sure_rows_keep_their_digits[sure_alike-{x}-recompute, blocks of columns]")
+    for x in ("torch", "triton")
+)
+NAN = "tests/test_not_a_number.py::test_it_reaches_the_loss[{}]"
 
 
 class Mutation(NamedTuple):
@@ -50,26 +60,32 @@ class Mutation(NamedTuple):
 
 
 SOFTMAX, STATS, GRAD, LSE = (f"kernels/{x}.py" for x in ("online_softmax", "row_stats", "row_grad", "lse_argmax"))
-LAUNCH, ROWWISE = "kernels/launch.py", "fused_lk/rowwise.py"
+LAUNCH, PLAIN = "kernels/launch.py", "fused_lk/rows/plain.py"
 
 # fmt: off
 KERNELS = [
     Mutation("mask", SOFTMAX, 'other=float("-inf"))', "other=0.0)", TILES, True),
     Mutation("guard", SOFTMAX, "tl.load(x_ptr + offs_v, mask=offs_v < n_cols", "tl.load(x_ptr + offs_v, mask=offs_v <= n_cols", TILES),
-    Mutation("scale", SOFTMAX, "x.to(scale.dtype) * scale", "x.to(scale.dtype) + 0 * scale", TILES),
+    Mutation("scale", SOFTMAX, "return (x - top) * scale - log_total", "return (x - top) - log_total", TILES),
     Mutation("scale", SOFTMAX, " + tl.full([], low, ACC)", "", TILES),
-    Mutation("offset", SOFTMAX, "t - log_normalizer", "t", TILES),
-    Mutation("tie weight", SOFTMAX, "tl.where(log_q == log_p, 0.5, 0.0)", "tl.where(log_q == log_p, 1.0, 0.0)", TIES, True),
-    Mutation("sign", SOFTMAX, "tl.where(log_q < log_p, 1.0", "tl.where(log_q > log_p, 1.0", TILES),
-    Mutation("sign", SOFTMAX, "tl.exp(-tl.abs(x - top))", "tl.exp(tl.abs(x - top))", TILES),
+    Mutation("one number", SOFTMAX, "return (x - top) * scale - log_total", "return x * scale - (top * scale + log_total)", HARD.format("a_common_offset_changes_nothing[trained-triton]")),
+    Mutation("tie weight", SOFTMAX, "return 0.5 + 0.5 * tl.minimum(", "return 0.0 + 1.0 * tl.minimum(", TIES, True),
+    Mutation("sign", SOFTMAX, 'float("-inf"), 0.0, log_p - log_q)', 'float("-inf"), 0.0, log_q - log_p)', TILES),
+    Mutation("guard", SOFTMAX, 'tl.where(smaller == float("-inf"), 0.0, log_p - log_q)', "log_p - log_q", HARD.format("gradients_within_the_eager_error[impossible_tokens-triton-one pass]")),
+    Mutation("sign", SOFTMAX, "step = tl.exp(-tl.abs(x - top) * scale)", "step = tl.exp(tl.abs(x - top) * scale)", TILES),
     Mutation("ties", SOFTMAX, "bigger = x > top", "bigger = x >= top", FUZZ),
-    Mutation("off by one", SOFTMAX, "total * step + 1.0", "total * step", TILES),
+    Mutation("off by one", SOFTMAX, "tl.where(bigger, rest * step, rest) + step", "tl.where(bigger, rest * step, rest)", TILES),
     Mutation("index", SOFTMAX, "tl.where(bigger, start, at)", "tl.where(bigger, at, start)", TILES),
-    Mutation("scale", SOFTMAX, "tl.sum(total * tl.exp(top - highest), 0)", "tl.sum(total, 0)", TILES),
-    Mutation("ties", SOFTMAX, "tl.min(first, 0)", "tl.max(tl.where(top == tl.max(top, 0), first, -1), 0)", FUZZ),
+    Mutation("scale", SOFTMAX, "(own + rest) * tl.exp((top - highest) * scale)", "(own + rest)", TILES),
+    Mutation("ties", SOFTMAX, "column = tl.min(tl.where(top == highest, at + lanes, 2147483647), 0)", "column = tl.max(tl.where(top == highest, at + lanes, -1), 0)", FUZZ),
+    Mutation("complement", SOFTMAX, "tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0))", "tl.log(u)", DIGITS_TRITON),
+    Mutation("complement", SOFTMAX, "(u - 1.0) * (x / tl.where(simple, 1.0, log_u))", "u - 1.0", DIGITS_TRITON),
     Mutation("tile loop", LSE, "for start in range(0, whole, BLOCK_V)", "for start in range(BLOCK_V, whole, BLOCK_V)", TILES, True),
     Mutation("tile loop", LSE, "if whole < n_cols", "if whole > n_cols", TILES),
     Mutation("offset", LSE, "x_ptr += row * x_row_stride", "x_ptr += row", TILES),
+    Mutation("index", LSE, "tl.load(inside_ptr + offs_v) != 0", "tl.load(inside_ptr + lanes) != 0", TILES),
+    Mutation("sign", LSE, "y = (outer_top - top) * scale + (outer_log_total - log_total)", "y = (outer_top - top) * scale - (outer_log_total - log_total)", TILES),
+    Mutation("ties", LSE, "tl.minimum(column, outer_column)", "column", FUZZ_LSE),
     Mutation("int32 offset", LSE, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "tests/test_offsets.py"),
     Mutation("offset", STATS, "z_ptr += row * z_row_stride", "z_ptr += row * t_row_stride", FUZZ),
     Mutation("index", STATS, "t_row = tl.load(t_index_ptr + row).to(tl.int64)", "t_row = row", TILES, True),
@@ -78,53 +94,70 @@ KERNELS = [
     Mutation("off by one", STATS, "whole = n_cols // BLOCK_V * BLOCK_V", "whole = (n_cols - 1) // BLOCK_V * BLOCK_V - BLOCK_V", TILES),
     Mutation("scale", STATS, "tl.where(bigger, sigma * step + w,", "tl.where(bigger, sigma + w,", TILES, True),
     Mutation("scale", STATS, "sum_sigma = tl.sum(sigma * rescale, 0)", "sum_sigma = tl.sum(sigma, 0)", TILES),
-    Mutation("sign", STATS, "(t - z) + (draft_lse - target_lse)", "(t - z) - (draft_lse - target_lse)", TILES),
+    Mutation("w decided twice", STATS, 'smaller = tl.where(offs_v == z_column, float("-inf"), smaller)', "smaller = smaller + 0.0", TILES, True),
+    Mutation("complement", STATS, "not_q = z_rest / (1.0 + z_rest)", "not_q = 1.0 - 1.0 / (1.0 + z_rest)", DIGITS_TRITON),
+    Mutation("complement", STATS, "tl.where(missed < 0.5, log1p(-tl.minimum(missed, 0.5)), log_alpha)", "log_alpha", "tests/test_hard_rows.py::test_total_variation_of_sure_rows[triton]"),
+    Mutation("tie weight", STATS, "tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)", "TIE, 1e-37)", DIGITS_TRITON),
     Mutation("guard", STATS, "kl += tl.where(pt > 0, ", "kl += tl.where(pt >= 0, ", TILES),
-    Mutation("guard", STATS, "tl.where(supported, tl.load(log_normalizer_ptr + row).to(ACC), 0.0)", "tl.load(log_normalizer_ptr + row).to(ACC)", FUZZ),
-    Mutation("index", STATS, "tl.load(log_normalizer_ptr + row)", "tl.load(log_normalizer_ptr)", TILES),
-    Mutation("min", STATS, "tl.minimum(log_q, log_p)", "tl.maximum(log_q, log_p)", TILES),
+    Mutation("guard", STATS, "log_mass = tl.where(supported, log_mass, 0.0)", "log_mass += 0.0", FUZZ),
+    Mutation("index", STATS, "tl.load(normalizer_ptr + row)", "tl.load(normalizer_ptr)", TILES),
+    Mutation("sign", STATS, "(t_top * t_scale - log_mass) + t_log_total", "(t_top * t_scale - log_mass) - t_log_total", TILES),
+    Mutation("min", STATS, "smaller = tl.where(log_q < log_p, log_q, log_p)", "smaller = tl.where(log_q > log_p, log_q, log_p)", TILES),
     Mutation("index", STATS, "tl.store(kl_ptr + row,", "tl.store(kl_ptr + row + 1,", TILES),
-    Mutation("index", STATS, "argmax(t_top, t_at, lanes)", "argmax(z_top, t_at, lanes)", TILES),
-    Mutation("guard", STATS, "tl.where(sum_alpha == 0, 0.0, sum_sigma / tl.where(sum_alpha == 0, 1.0, sum_alpha))", "sum_sigma / sum_alpha", FUZZ),
+    Mutation("index", STATS, "tl.store(target_argmax_ptr + row, t_column", "tl.store(target_argmax_ptr + row, z_column", TILES),
+    Mutation("NaN swallowed", STATS, "broken = (z_rest != z_rest) | (t_rest != t_rest)", "broken = (z_rest != z_rest)", NAN.format("tv-{'plan': 'recompute'}-target nan-triton")),
+    Mutation("NaN swallowed", STATS, "(t_top > LOWEST) | (t_rest != t_rest)", "t_top > LOWEST", "tests/test_not_a_number.py::test_targets_that_are_all_nan[triton]"),
+    Mutation("mass", STATS, "(log_mass != log_mass) | excessive", "(log_mass != log_mass)", "tests/test_not_a_number.py::test_targets_that_are_no_probabilities[sum 1.5-triton]"),
     Mutation("offset", GRAD, "start = tl.program_id(1) * BLOCK_V", "start = tl.program_id(1) * 0", TILES, True),
     Mutation("offset", GRAD, "gradient_ptr += row * gradient_row_stride", "gradient_ptr += row * z_row_stride", FUZZ),
     Mutation("index", GRAD, "t_row = tl.load(t_index_ptr + row).to(tl.int64)", "t_row = row", TILES),
     Mutation("int32 offset", GRAD, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "tests/test_offsets.py"),
     Mutation("guard", GRAD, "gradient, mask=offs_v < n_cols)", "gradient, mask=offs_v <= n_cols)", TILES, True),
     Mutation("guard", GRAD, "if start + BLOCK_V <= n_cols", "if start + BLOCK_V <= n_cols + 1", FUZZ),
-    Mutation("sign", GRAD, "- of_pt * tl.exp(t - target_lse)", "+ of_pt * tl.exp(t - target_lse)", TILES, True),
-    Mutation("sigma", GRAD, "of_pt - tl.load(sigma_ptr + row) * of_w_r", "of_pt", TILES, True),
-    Mutation("overflow", GRAD, 'tl.exp(tl.where(w > 0, tl.minimum(log_q - log_alpha, 0.0), float("-inf")))', "tl.exp(log_q - log_alpha)", "tests/test_kernels.py::test_disjoint_rows_keep_their_gradient"),
+    Mutation("sign", GRAD, "- of_pt * tl.exp(log_pt)", "+ of_pt * tl.exp(log_pt)", TILES, True),
+    Mutation("sigma", GRAD, "of_q = d_kl - tl.load(sigma_ptr + row) * d_log_alpha", "of_q = d_kl", TILES, True),
+    Mutation("overflow", GRAD, "tl.exp(tl.minimum(smaller - log_alpha, 0.0))", "tl.exp(tl.maximum(log_q, log_p) - log_alpha)", "tests/test_kernels.py::test_disjoint_rows_keep_their_gradient"),
+    Mutation("w decided twice", GRAD, "gradient = tl.where(offs_v == top_column, of_top, gradient)", "gradient = gradient + 0.0", DIGITS_TRITON, True),
+    Mutation("index", GRAD, "(tl.load(draft_argmax_ptr + row) - first_column)", "tl.load(draft_argmax_ptr + row)", BLOCKS_TRITON),
     Mutation("guard", GRAD, "tl.where(supported, gradient, 0.0)", "gradient", TILES),
     Mutation("guard", GRAD, "tl.where(possible, log_alpha, 0.0)", "log_alpha", "tests/test_extremes.py::test_no_token_in_common"),
-    Mutation("scale", GRAD, "tl.load(d_kl_ptr + row).to(ACC) * z_scale", "tl.load(d_kl_ptr + row).to(ACC)", TILES),
+    Mutation("scale", GRAD, "d_kl = tl.load(d_kl_ptr + row).to(ACC) * z_scale", "d_kl = tl.load(d_kl_ptr + row).to(ACC)", TILES),
     Mutation("index", GRAD, "tl.load(d_log_acceptance_ptr + row)", "tl.load(d_log_acceptance_ptr)", TILES),
     Mutation("off by one", LAUNCH, 'triton.cdiv(size, meta["BLOCK_V"])', 'max(1, size // meta["BLOCK_V"])', TILES),
     Mutation("stride", LAUNCH, "None if x is None else x.contiguous()", "x", FUZZ),
     Mutation("stride", LAUNCH, "if x.stride(1) == 1 or x.shape[1] == 1", "if True", FUZZ),
     Mutation("stride", LAUNCH, "if into is not gradient_out", "if False", FUZZ),
     Mutation("scale", LAUNCH, "value - high if math.isfinite(high) else 0.0", "0.0", TILES),
-    Mutation("index", LAUNCH, "into, into.stride(0), _vector(t_index)", "into, z.stride(0), _vector(t_index)", FUZZ),
+    Mutation("index", LAUNCH, "into, into.stride(0), _vector(rows.t_index)", "into, z.stride(0), _vector(rows.t_index)", FUZZ),
 ]
 
 TWIN = [
-    Mutation("sign", ROWWISE, "torch.sub(p, q, out=out).sign_()", "torch.sub(q, p, out=out).sign_()", FUZZ_TORCH, True),
-    Mutation("sigma", ROWWISE, "out=out.sigma).mul_(0.5).div_(alpha)", "out=out.sigma).div_(alpha)", FUZZ_TORCH),
-    Mutation("underflow", ROWWISE, "(alpha < SMALLEST_LINEAR) | ~torch.isfinite(out.kl)", "~torch.isfinite(out.kl)", "tests/test_extremes.py::test_disjoint_rows_have_finite_right_gradients"),
-    Mutation("guard", ROWWISE, "(alpha < SMALLEST_LINEAR) | ~torch.isfinite(out.kl)", "(alpha < SMALLEST_LINEAR)", "tests/test_extremes.py::test_impossible_draft_tokens"),
-    Mutation("sigma", ROWWISE, "d_kl - torch.where(supported, out.sigma, 0.0) * d_log_alpha", "d_kl.clone()", FUZZ_TORCH, True),
-    Mutation("scale", ROWWISE, "torch.where(linear, 0.5 * d_log_alpha", "torch.where(linear, d_log_alpha", FUZZ_TORCH),
-    Mutation("scale", ROWWISE, "torch.where(supported, d_kl * self.z_scale, 0.0)", "torch.where(supported, d_kl, 0.0)", FUZZ_TORCH),
-    Mutation("offset", ROWWISE, "clamp_(max=size - group)", "clamp_(max=size - group - 1)", FUZZ_TORCH),
-    Mutation("tile loop", ROWWISE, "if whole < size:", "if False:", FUZZ_TORCH),
-    Mutation("index", ROWWISE, "x[start:stop] if index is None else x[index[start:stop]]", "x[start:stop] if index is None else x[index[0:stop - start]]", FUZZ_TORCH),
-    Mutation("sign", ROWWISE, "self.out.target_lse - self.normalizer", "self.normalizer - self.out.target_lse", FUZZ_TORCH),
-    Mutation("index", ROWWISE, "log_normalizer[start:stop].to(acc)", "log_normalizer[0:stop - start].to(acc)", FUZZ_TORCH),
-    Mutation("sigma", ROWWISE, "w_r - self.out.sigma[rows].unsqueeze(1) * q", "w_r", FUZZ_TORCH),
-    Mutation("tie weight", ROWWISE, "(1 + torch.sign(log_p - log_q)).mul_(0.5)", "(log_p >= log_q).to(log_q.dtype)", EXACT_TIES),
-    Mutation("tie weight", ROWWISE, "return torch.addcmul(q, out, q, out=out)", "return torch.addcmul(q, out.add_(0.5).sign_(), q, out=out)", EXACT_TIES),
-    Mutation("tile loop", ROWWISE, "for start in range(0, n, step))", "for start in range(0, n - 1, step))", FUZZ_TORCH),
-    Mutation("guard", ROWWISE, "torch.where(w > 0, log_q - _finite(log_alpha).unsqueeze(1), NEG_INF).clamp_(max=0.0)", "(log_q - _finite(log_alpha).unsqueeze(1))", FUZZ_TORCH),
+    Mutation("sign", PLAIN, "torch.sub(self.t, self.z, out=scratch)", "torch.sub(self.z, self.t, out=scratch)", FUZZ_TORCH, True),
+    Mutation("sigma", PLAIN, "torch.div(w_top + w_rest, alpha, out=out.sigma)", "torch.div(w_top + 2 * w_rest, alpha, out=out.sigma)", FUZZ_TORCH),
+    Mutation("underflow", PLAIN, "careful = (alpha < SMALLEST_LINEAR) & out.supported", "careful = (alpha < 0) & out.supported", "tests/test_extremes.py::test_disjoint_rows_have_finite_right_gradients"),
+    Mutation("guard", PLAIN, "careful = ~torch.isfinite(out.kl) & out.supported", "careful = out.supported & ~out.supported", HARD.format("gradients_within_the_eager_error[impossible_tokens-torch-one pass]")),
+    Mutation("sigma", PLAIN, "rest = d_kl - out.sigma * d_log_alpha", "rest = d_kl.clone()", FUZZ_TORCH, True),
+    Mutation("scale", PLAIN, "torch.where(linear, 0.5 * d_log_alpha", "torch.where(linear, d_log_alpha", FUZZ_TORCH),
+    Mutation("scale", PLAIN, "torch.where(out.supported, d_kl * self.rows.z_scale, 0.0)", "torch.where(out.supported, d_kl, 0.0)", FUZZ_TORCH),
+    Mutation("offset", PLAIN, "clamp_(max=size - group)", "clamp_(max=size - group - 1)", FUZZ_TORCH),
+    Mutation("tile loop", PLAIN, "if whole < size:", "if False:", FUZZ_TORCH),
+    Mutation("index", PLAIN, "rows.t[rows.t_index[start:stop]]", "rows.t[rows.t_index[0 : stop - start]]", FUZZ_TORCH),
+    Mutation("sign", PLAIN, "(t_scale * out.target_top - given) + out.target_log_total", "(t_scale * out.target_top - given) - out.target_log_total", FUZZ_TORCH),
+    Mutation("index", PLAIN, "normalizer.value[self.start : self.stop]", "normalizer.value[0 : self.stop - self.start]", FUZZ_TORCH),
+    Mutation("sigma", PLAIN, "self.tie) - out.sigma[rows].unsqueeze(1) * q", "self.tie)", FUZZ_TORCH),
+    Mutation("tie weight", PLAIN, "return (1 + ramp).mul_(0.5)", "return (ramp >= 0).to(log_q.dtype)", EXACT_TIES),
+    Mutation("tie weight", PLAIN, "return torch.addcmul(q, ramp, q, value=1 / self.tie, out=ramp)", "return torch.addcmul(q, ramp.add_(self.tie / 2).sign_(), q, out=ramp)", EXACT_TIES),
+    Mutation("w decided twice", PLAIN, "self._write_top(total, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)", "pass", DIGITS_TORCH, True),
+    Mutation("saved bit ignored", PLAIN, "column = self.out.draft_argmax - self.rows.first_column", "column = self.out.draft_argmax", BLOCKS_TORCH),
+    Mutation("complement", PLAIN, "return top, torch.where(rest < 0.5, rest, 1 - top)", "return top, 1 - top", DIGITS_TORCH),
+    Mutation("complement", PLAIN, "torch.sub(-torch.expm1(log_pt), q_rest, out=out.top_kl)", "torch.sub(q_top, log_pt.exp(), out=out.top_kl)", DIGITS_TORCH),
+    Mutation("complement", PLAIN, "torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=out.log_acceptance)", "torch.log(alpha, out=out.log_acceptance)", "tests/test_hard_rows.py::test_total_variation_of_sure_rows[torch]"),
+    Mutation("one number", PLAIN, "constant = (self.out.draft_log_total - self.out.target_log_total).unsqueeze(1)", "constant = ((self.out.draft_top + self.out.draft_log_total) - (self.out.target_top + self.out.target_log_total) - self.out.draft_top + self.out.target_top).unsqueeze(1)", HARD.format("a_common_offset_changes_nothing[trained-torch]")),
+    Mutation("one number", PLAIN, "mass = -torch.log1p((probs * ~inside).sum(1) / share)", "mass = ((row + 1e6)[:, inside].logsumexp(1) - (row + 1e6).logsumexp(1))", HARD.format("an_offset_over_a_truncated_vocabulary[logits-torch]")),
+    Mutation("NaN swallowed", PLAIN, 'out.kl.masked_fill_(out.log_acceptance.isnan(), float("nan"))', "pass", NAN.format("kl-{'plan': 'recompute'}-draft nan-torch")),
+    Mutation("mass", PLAIN, "log_mass.masked_fill(log_mass > most, ", "log_mass.masked_fill(log_mass > 1e9, ", "tests/test_not_a_number.py::test_targets_that_are_no_probabilities[sum 1.5-torch]"),
+    Mutation("tile loop", PLAIN, "for start in range(0, n, step))", "for start in range(0, n - 1, step))", FUZZ_TORCH),
+    Mutation("guard", PLAIN, ".mul_(log_r.clamp_(max=0.0).exp_())", ".mul_((log_q - log_alpha.unsqueeze(1)).exp_())", FUZZ_TORCH),
 ]
 
 PAIRS = "tests/test_pairs.py"
@@ -161,7 +194,14 @@ WALKS = [
     Mutation("scale", "fused_lk/autograd.py", "scale = scale * d_loss", "scale = scale * 1.0", "tests/test_losses.py::test_upstream_gradients_scale_and_a_graph_can_be_kept", True),
     Mutation("scale", "fused_lk/autograd.py", "d_log_alpha / scale, d_kl / scale, scale)", "d_log_alpha, d_kl / scale, scale)", CALLS),
     Mutation("offset", "fused_lk/chunked.py", "coefficients(chunk.start + start, chunk.start + stop, stats)", "coefficients(start, stop, stats)", CALLS, True),
-    Mutation("offset", "fused_lk/chunked.py", "normalizer[chunk.start : chunk.stop]", "normalizer[: chunk.num_pairs]", CALLS),
+    Mutation("offset", "fused_lk/chunked.py", "normalizer.value[chunk.start : chunk.stop]", "normalizer.value[: chunk.num_pairs]", CALLS),
+    Mutation("saved bit ignored", "fused_lk/chunked.py", "rows = work.rows(z, t, index, start)", "rows = work.rows(z, t, index)", BLOCKS_TORCH),
+    Mutation("NaN swallowed", "fused_lk/objective.py", "return torch.where(weight == 0, 0.0, weight * x)", "return torch.where(x.isfinite(), weight * x, 0.0)", NAN.format("tv-{'plan': 'recompute'}-draft nan-torch")),
+    Mutation("guard", "fused_lk/objective.py", "return torch.where(weight == 0, 0.0, weight * x)", "return weight * x", "tests/test_not_a_number.py::test_ignored_rows_of_infinite_kl"),
+    Mutation("digits", "fused_lk/objective.py", "torch.where(near_one, -torch.expm1(log_acceptance), 1 - log_acceptance.exp())", "-torch.expm1(log_acceptance)", HARD.format("gradients_of_small_alpha_keep_their_digits")),
+    Mutation("support", "fused_lk/rows/interface.py", "return self.target_top != NEG_INF", "return self.log_acceptance > NEG_INF", "tests/test_extremes.py::test_no_token_in_common"),
+    Mutation("owned", "fused_lk/autograd.py", "work = work.owned()", "work = work", "tests/test_owned.py::test_tensors_of_inference_mode_are_owned"),
+    Mutation("owned", "fused_lk/autograd.py", "*stats.saved(), *work.target.tiles.tensors())", "*stats.saved())", "tests/test_owned.py::test_a_tensor_changed_between_forward_and_backward"),
     Mutation("offset", "fused_lk/chunked.py", "stats.rows(a, b), d_log_alpha[a:b], d_kl[a:b], g)", "stats.rows(a, b), d_log_alpha[a:b], d_kl[: b - a], g)", CALLS),
     Mutation("tile loop", "fused_lk/chunked.py", "for start in range(0, draft.vocab_size, step)", "for start in range(0, max(draft.vocab_size - 1, 1), step)", "tests/test_losses.py::test_a_walk_by_vocabulary_in_blocks"),
     Mutation("scale", "fused_lk/chunked.py", "torch.mul(into, scale, out=block)", "block.copy_(into)", CALLS),
@@ -228,7 +268,7 @@ def run_tests(tree: Path, tests: list[str], output: int) -> None:
     sys.dont_write_bytecode = True
     sys.path[0] = str(tree)
     launch = importlib.import_module("fused_lk.kernels.launch")
-    assert all(str(tree) in sys.modules[name].__file__ for name in ("fused_lk", "fused_lk.rowwise")), launch
+    assert all(str(tree) in sys.modules[name].__file__ for name in ("fused_lk", "fused_lk.rows.plain")), launch
     assert Path(launch.__file__).resolve().is_relative_to(tree), launch
     options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-profile", "first failure"]
     sys.exit(pytest.main([*options, *tests]))

@@ -168,7 +168,7 @@ def test_row_operations(impl, data):
         if values is not None:
             guards[name] = vector(values, step=2 if name in ("d_kl", "d_log_alpha") else 1)
     view = {name: guard.view for name, guard in guards.items()}
-    given = None if normalizer is None else Normalizer(view["normalizer"], False, 0.01)
+    given = None if normalizer is None else Normalizer(view["normalizer"], False, 0.0)
     fields = [x for x in RowStats._fields if x != "target_argmax" or case["wants_target_argmax"]]
     outputs = {
         name: Guarded(n, dtype=torch.long if name.endswith("argmax") else acc, offset=1, gap=1) for name in fields

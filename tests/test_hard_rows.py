@@ -91,8 +91,8 @@ def test_gradients_within_the_eager_error(member, impl, walk, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("member", ["sure_of_the_same", "sure_alike", "sure_of_different_ones"])
 def test_sure_rows_keep_their_digits(member, impl, walk):
-    """Eager keeps absolute digits: a gradient of 1e-9 is off by 1e-7. Here they are relative to what the row's draft and
-    target leave to all other tokens, 1 - q and 1 - p, which is how large its gradient can be."""
+    """Eager keeps absolute digits: a gradient of 1e-9 is off by 1e-7. Here they are relative to what draft and target
+    leave to all other tokens, 1 - q and 1 - p, which is how large the row's gradient can be."""
     z, t = hard_rows.make(member, ROWS[impl], SIZE)
     for objective in OBJECTIVES[impl]:
         truth = hard_rows.Truth(z, t.log_softmax(1), objective)
@@ -102,6 +102,29 @@ def test_sure_rows_keep_their_digits(member, impl, walk):
         # The exponential of a log-probability of -40 has the rounding of 40; the truth has that of float64 beside 1.
         allowed = (64 * EPS * others + 8 * torch.finfo(torch.float64).eps) * truth.factor
         assert (truth.error(gradient).amax(1) <= allowed).all(), objective
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_total_variation_of_sure_rows(impl):
+    """1 - alpha of 1e-3 to 1e-12 keeps its digits, too, and log alpha with it."""
+    z, t = hard_rows.make("sure_of_the_same", ROWS[impl], SIZE)
+    alike = fused_lk.lk_divergences_from_logits(z.float(), fused_lk.Target.from_logits(t.float()), impl=impl)
+    tv = (z.softmax(1) - t.softmax(1)).clamp(min=0).sum(1)  # float64, and no difference from 1
+    torch.testing.assert_close(-alike.log_acceptance.double().expm1(), tv, rtol=1e-4, atol=1e-15)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+def test_gradients_of_small_alpha_keep_their_digits(plan, impl):
+    """d TV = -alpha d log alpha: an alpha of 4e-6 that is taken as 1 - (1 - alpha) was off by 1 %."""
+    z, t = hard_rows.make("sure_of_different_ones", ROWS[impl], SIZE)
+    truth = hard_rows.Truth(z, t.log_softmax(1), "tv")
+    leaf = z.float().requires_grad_()
+    out = fused_lk.lk_loss_from_logits(
+        leaf, fused_lk.Target.from_logits(t.float()), objective="tv", plan=plan, impl=impl
+    )
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    assert (truth.error(gradient) <= 1e-5 * truth.gradient.abs().amax(1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("walk", ["recompute", "recompute, blocks of columns"])
@@ -227,7 +250,7 @@ def test_a_real_model(draft, walk, impl):
     for objective in ("tv", "alpha", "lambda"):
         kl_weight = 0.5 if objective == "lambda" else None
 
-        def eager_loss(dtype):
+        def eager_loss(dtype, objective=objective):
             leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, head[t2d])]
             z = F.linear(*leaves)
             p = F.log_softmax(F.linear(states.to(dtype), head.to(dtype)), 1)[:, t2d]
@@ -254,3 +277,84 @@ def test_a_real_model(draft, walk, impl):
             budget = 1.5 * allowed + 8 * EPS * b.abs().max() + open_
             assert error <= budget, f"{objective} {name}: {error:.3g}, eager {allowed:.3g}, ties {open_:.3g}"
         assert (out.loss - exact).abs() <= 1.5 * (plain - exact).abs() + 16 * EPS * (1 + exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("logits", ["compute", torch.float32], ids=["compute", "float32"])
+@pytest.mark.parametrize("walk", ["one pass", "recompute, blocks of columns"])
+def test_a_real_model_in_half_precision(walk, logits, dtype):
+    """The draft that is nearly its target, at 4 times its logits: errors within those of the eager loss of this dtype,
+    whether logits are rounded to it or not."""
+    data = hard_rows.smollm2()
+    rows = slice(0, 64)
+    states, head, t2d = data["target_hidden"][rows].to(dtype) * 4, data["target_head"].to(dtype), data["t2d"]
+    hidden = data["draft_hidden_sure"][rows].to(dtype)
+    target = fused_lk.Target.from_hidden(states, head, vocab=fused_lk.DraftVocab(t2d), logits_dtype=logits)
+    options = dict(WALKS[walk])
+    if "workspace_mb" in options:
+        options["workspace_mb"] = 0.05
+    for objective in ("tv", "lambda"):
+        kl_weight = 0.5 if objective == "lambda" else None
+
+        def gradients(to, objective=objective):
+            leaves = [x.to(to, copy=True).requires_grad_() for x in (hidden, head[t2d])]
+            wide = torch.promote_types(to, torch.float32)
+            p = F.log_softmax(F.linear(states.to(to), head.to(to)).to(wide), 1)[:, t2d]
+            log_alpha, kl = reference.divergences(F.linear(*leaves).to(wide), p)
+            losses = {"tv": -log_alpha.expm1(), "alpha": -log_alpha, "lambda": 0.5 * kl - 0.5 * log_alpha.expm1()}
+            return [x.double() for x in torch.autograd.grad(losses[objective].mean(), leaves)]
+
+        ours = [x.clone().requires_grad_() for x in (hidden, head[t2d])]
+        out = fused_lk.lk_loss(*ours, target, objective=objective, kl_weight=kl_weight, logits_dtype=logits, **options)
+        got = [x.double() for x in torch.autograd.grad(out.loss, ours)]
+        for a, b, c in zip(got, gradients(torch.float64), gradients(dtype), strict=True):
+            error, allowed = (a - b).norm(), (c - b).norm()
+            assert error <= 1.1 * allowed + 2 * torch.finfo(dtype).eps * b.norm(), objective
+
+
+@pytest.mark.parametrize("objective", ["tv", "lambda"])
+def test_default_options_at_a_real_size(objective):
+    """400 tokens, 32,000 columns, top logits of 5 to 35: more than one block of columns. This was off by 170 %."""
+    generator = torch.Generator().manual_seed(0)
+    size, width = 32_000, 64
+    head = torch.randn(size, width, generator=generator)
+    tops = torch.randint(size, (400,), generator=generator)
+    height = torch.linspace(5, 35, 400).unsqueeze(1) / width
+    states = head[tops] * height + 0.1 * torch.randn(400, width, generator=generator)
+    hidden = states * (1 + 0.01 * torch.randn(400, width, generator=generator))
+    leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    target = fused_lk.Target.from_hidden(states, head)
+    out = fused_lk.lk_loss(*leaves, target, objective=objective, plan="recompute")
+    got = torch.autograd.grad(out.loss, leaves)
+
+    def eager_gradients(dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, head)]
+        log_p = F.log_softmax(F.linear(states.to(dtype), head.to(dtype)), 1)
+        log_alpha, kl = reference.divergences(F.linear(*leaves), log_p)
+        acceptance = log_alpha.exp()
+        lam = 0.0 if objective == "tv" else torch.exp(-3 * acceptance.detach().mean())
+        loss = (lam * kl + (1 - lam) * -log_alpha.expm1()).mean()
+        return torch.autograd.grad(loss, leaves)
+
+    for a, b, c in zip(got, eager_gradients(torch.float64), eager_gradients(torch.float32), strict=True):
+        error, allowed = ((x.double() - b).norm() / b.norm() for x in (a, c))
+        assert error <= 2 * allowed + 1e-5, f"{error:.3g}, eager {allowed:.3g}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_next_to_no_mass_on_the_draft_vocabulary(impl):
+    """p of e-200: in log space, and KL of the renormalised p keeps its digits beside it."""
+    z, t = hard_rows.make("normal", ROWS[impl], SIZE)
+    other = torch.full((len(t), 1), 200.0, dtype=torch.float64)
+    full = torch.cat([t, other], 1)
+    vocab = fused_lk.DraftVocab(torch.arange(SIZE + 1) < SIZE)
+    for objective in ("kl", "alpha", "lambda"):
+        truth = hard_rows.Truth(z, full.log_softmax(1)[:, :SIZE], objective)
+        leaf = z.float().requires_grad_()
+        out = fused_lk.lk_loss_from_logits(
+            leaf, fused_lk.Target.from_logits(full.float(), vocab, impl=impl), objective=objective,
+            kl_weight=0.5 if objective == "lambda" else None, impl=impl,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        assert (truth.error(gradient) <= 16 * EPS * truth.factor.unsqueeze(1)).all(), objective
+        torch.testing.assert_close(out.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)

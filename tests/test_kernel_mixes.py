@@ -17,7 +17,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (BF16, HALF, FP32, FP64)}
 
 def statistics(ops, z, t, normalizer, acc):
     out = RowStats.empty(len(z), acc, z.device, target_argmax=True)
-    ops.stats(LogitRows(z, t, None, *SCALES), Normalizer(normalizer, False, 0.01), out)
+    ops.stats(LogitRows(z, t, None, *SCALES), Normalizer(normalizer, False, 0.0), out)
     return out
 
 

@@ -59,6 +59,17 @@ def test_it_reaches_the_loss(objective, options, where, impl):
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_targets_that_are_all_nan(impl):
+    """No maximum, and still a row with an answer."""
+    z, t = logits()
+    t[1] = NAN
+    for objective in ("kl", "tv", "alpha"):
+        out, _ = run(z, fused_lk.Target.from_logits(t), objective, impl)
+        assert out.loss.isnan()
+        assert out.num_unsupported == 0
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("objective", ["kl", "tv", "alpha"])
 def test_half_precision_that_overflows(objective, impl):
     z, t = logits()
@@ -83,14 +94,15 @@ def bad_targets(rows, size):
     wrong[1] -= 3
     nan = given.clone()
     nan[1] = NAN
+    head = torch.eye(size)
     return z, {
         "negative probabilities": (fused_lk.Target.from_probs(negative), "nan"),
         "logits as probabilities": (fused_lk.Target.from_probs(t), "nan"),
         "sum 1.5": (fused_lk.Target.from_probs(scaled), "error"),
         "sum 1 and rounding": (fused_lk.Target.from_probs(slightly), "right"),
         "positive log-probabilities": (fused_lk.Target.from_topk(ids, positive, vocab), "error"),
-        "a normaliser that is too small": (fused_lk.Target.from_hidden(t, torch.eye(size), log_normalizer=wrong), "error"),
-        "a normaliser that is NaN": (fused_lk.Target.from_hidden(t, torch.eye(size), log_normalizer=nan), "nan"),
+        "a normaliser that is too small": (fused_lk.Target.from_hidden(t, head, log_normalizer=wrong), "error"),
+        "a normaliser that is NaN": (fused_lk.Target.from_hidden(t, head, log_normalizer=nan), "nan"),
     }  # fmt: skip
 
 
@@ -150,3 +162,46 @@ def test_ignored_rows_of_infinite_kl(plan, impl, skip_masked):
         assert out.kl.isfinite().all()
         assert gradient.isfinite().all()
         assert not gradient[3].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignored_rows_of_large_bias_in_a_graph(impl):
+    """An operator's backward has only what its forward saved of rows that are kept for shape."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(4, 8, generator=generator), torch.randn(12, 8, generator=generator)
+    bias = torch.full((12,), 100.0)
+    t = torch.randn(4, 12, generator=generator)
+    mask = torch.tensor([True, False, True, True])
+
+    def step(hidden, head):
+        pairs = fused_lk.Pairs(mask, skip_masked=False)
+        return fused_lk.lk_loss(hidden, head, fused_lk.Target.from_logits(t), bias=bias, pairs=pairs, impl=impl).loss
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+        results.append(torch.autograd.grad(function(*leaves), leaves))
+    for got, want in zip(*results, strict=True):
+        assert want.isfinite().all()
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("temperature, scale", [(1.0, 1.0), (0.25, 1.0), (0.1, 1.0), (1.0, 10.0)])
+def test_a_right_normalizer_is_never_refused(dtype, temperature, scale, impl):
+    """An engine's normaliser in float32 beside logits that are rounded to half precision here."""
+    generator = torch.Generator().manual_seed(0)
+    states = (torch.randn(64, 16, generator=generator) * scale).to(dtype)
+    head = (torch.randn(50, 16, generator=generator) * 2).to(dtype)
+    exact = (states.float() @ head.float().T / temperature).logsumexp(1)
+    target = fused_lk.Target.from_hidden(states, head, log_normalizer=exact, temperature=temperature)
+    out, _ = run((states @ head.T).float(), target, "tv", impl)
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_alpha_never_exceeds_1(impl):
+    z, _ = logits(64, 50)
+    d = fused_lk.lk_divergences_from_logits(z, fused_lk.Target.from_logits(z.clone()), impl=impl)
+    assert (d.log_acceptance <= 0).all()

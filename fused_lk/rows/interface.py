@@ -1,4 +1,4 @@
-"""What the row operations read and write, and who carries them out: PyTorch (`rows.plain`) or Triton (`kernels.launch`).
+"""What the row operations read and write, and who carries them out: PyTorch (`rows.plain`), Triton (`kernels.launch`).
 
 One row holds draft logits z and target logits t on the draft vocabulary. Scales are 1/temperature. A normaliser is
 two numbers, the largest logit and the logarithm of the sum beside it; one number, their sum, would lose its digits as
@@ -14,12 +14,12 @@ soon as the logits share a large offset:
 w is the derivative of min(p, q) with respect to q: 1 where q < p, 0 where q > p, 1/2 where they are equal. Rounding
 must not flip it, because the gradient pass may see other last bits of z than the statistics pass did:
 
+- In every column w is a ramp: it rises from 0 to 1 where log p - log q passes from -TIE to TIE. Other last bits move it
+  a little; they cannot flip it. Within rounding any value in [0, 1] is a subgradient.
 - In the column of the draft's argmax, where q may be near 1 and a flip would cost as much as the gradient itself, w is
-  decided once, in the statistics pass, from the complements 1 - q and 1 - p. What is saved is the gradient there,
-  `top_log_acceptance` and `top_kl`; it, too, comes from complements, and is exact where q - pt is a difference of
-  nearly equal numbers.
-- In every other column w is a ramp: it rises from 0 to 1 where log p - log q passes from -TIE to TIE. Other last bits
-  move it a little; they cannot flip it. Within rounding any value in [0, 1] is a subgradient.
+  decided once, in the statistics pass, from log q and log p, which keep relative digits there: so the ramp is TIE times
+  the larger of the two wide. What is saved is the gradient there, `top_log_acceptance` and `top_kl`; it comes from the
+  complements 1 - q and 1 - p, and is exact where q - pt is a difference of nearly equal numbers.
 
 A row whose target has no mass on the draft vocabulary has target_top = -inf: log alpha = -inf, KL = 0, zero gradient.
 That is a fact of the target. It is never read off log alpha, which is -inf also where a draft excludes all that the
@@ -38,6 +38,7 @@ from torch import Tensor
 from .. import validation
 
 NEG_INF = float("-inf")
+EXCESS = 0.01  # in log: what a sum of probabilities may exceed 1 by, beside the rounding of its terms
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
@@ -48,13 +49,17 @@ class Normalizer(NamedTuple):
         value: `[n]`: log_mass itself where `is_mass`, else the log-normaliser L of `log p = t_scale * t - L`.
         is_mass: which of the two. The mass comes from one pass over the full vocabulary, so that its digits survive any
             offset; L is what a caller was told.
-        most_log_mass: a little above 0, because L and the logits here may have been rounded apart. Beyond it the sum of
-            p exceeds 1 by more than rounding: these are no probabilities, and the row gives NaN.
+        rounding: half a unit in the last place, relative, of L or of the logits here, which were rounded apart.
     """
 
     value: Tensor
     is_mass: bool
-    most_log_mass: float
+    rounding: float
+
+    def most_log_mass(self, value: Tensor, target_top: Tensor, t_scale: float) -> Tensor:
+        """`[n]`, the largest log_mass that rounding can make of given L, `value` `[n]`. Beyond it these are no
+        probabilities: their sum exceeds 1, and the row gives NaN."""
+        return EXCESS + self.rounding * ((t_scale * target_top).abs() + value.abs())
 
 
 class LogitRows(NamedTuple):
@@ -101,12 +106,12 @@ class RowStats(NamedTuple):
 
     def saved(self) -> tuple[Tensor, ...]:
         """What a gradient needs: `NUM_SAVED` tensors."""
-        return tuple(self[:NUM_SAVED])
+        return self[:NUM_SAVED]  # type: ignore[return-value]
 
     @classmethod
     def of_saved(cls, saved: tuple[Tensor, ...]) -> RowStats:
         """The statistics of `saved()`, for a gradient; it reads no KL."""
-        return cls(*saved, kl=saved[0])
+        return cls._make((*saved, saved[0], None))
 
     @property
     def supported(self) -> Tensor:

@@ -35,8 +35,6 @@ def lse_argmax(
     inside and outside, so that a share near 1 keeps the digits of what is missing.
     """
     acc = accumulation_dtype(x)
-    columns = None if inside is None else inside.to(acc)
-    outside = None if columns is None else 1 - columns
     for start, stop in _blocks(x):
         row = x[start:stop].to(acc)
         top, at = _argmax(row)
@@ -44,18 +42,19 @@ def lse_argmax(
         row = _centred(row, top, scale, in_place=x.dtype != acc)
         probs = torch.softmax(row, 1)
         lse[start:stop] = torch.where(top == NEG_INF, top, scale * top - _at(probs, at).log())
-        if columns is None:
-            continue
-        if _any(top == NEG_INF):
-            probs.masked_fill_((top == NEG_INF).unsqueeze(1), 0.0)
-        share = (probs * columns).sum(1)
-        mass = -torch.log1p(torch.mul(probs, outside, out=probs).sum(1) / share)
-        few = share < SMALLEST_LINEAR
-        if _any(few):
-            rows = few.nonzero().squeeze(1)
-            row = row[rows]
-            mass[rows] = row[:, inside].logsumexp(1) - row.logsumexp(1)
-        log_mass[start:stop] = mass
+        if inside is not None and log_mass is not None:
+            log_mass[start:stop] = _log_mass(row, probs, inside)
+
+
+def _log_mass(row: Tensor, probs: Tensor, inside: Tensor) -> Tensor:
+    """log of the share of `probs` = softmax(row) in the columns `inside`; means nothing in a row of -inf alone."""
+    share = (probs * inside).sum(1)
+    mass = -torch.log1p((probs * ~inside).sum(1) / share)
+    few = share < SMALLEST_LINEAR
+    if _any(few):
+        some = row[few]
+        mass[few] = some[:, inside].logsumexp(1) - some.logsumexp(1)
+    return mass
 
 
 def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
@@ -91,6 +90,7 @@ class _Block:
     def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int) -> None:
         self.rows, self.out, self.start, self.stop = rows, stats.rows(start, stop), start, stop
         self.acc = stats.log_acceptance.dtype
+        self.unsupported: Tensor | None = None  # bool [b] where there are such rows, once the statistics are known
         self.tie = tie_width(self.acc)
         # The logits; from `_centre` on relative to their row's maximum.
         self.z = rows.z[start:stop].to(self.acc)
@@ -108,14 +108,13 @@ class _Block:
             out.target_argmax.copy_(t_at)
         self._centre()
         q, pt = torch.softmax(self.z, 1), torch.softmax(self.t, 1)
-        unsupported = ~out.supported
-        if _any(unsupported):
-            pt.masked_fill_(unsupported.unsqueeze(1), 0.0)
+        if self.unsupported is not None:
+            pt.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
         q_top, q_rest = _top_and_rest(q, z_at)
         out.draft_log_total.copy_(_log_total(q_top, q_rest))
         out.target_log_total.copy_(_log_total(*_top_and_rest(pt, t_at)))
-        if _any(unsupported):
-            out.target_log_total.masked_fill_(unsupported, 0.0)
+        if self.unsupported is not None:
+            out.target_log_total.masked_fill_(self.unsupported, 0.0)
         p, log_mass = self._mass(pt, normalizer)
 
         # The column of q's maximum, from complements: 1 - q and 1 - p keep the digits that q and p have lost there.
@@ -129,7 +128,7 @@ class _Block:
         rest = scratch.scatter_(1, z_at.unsqueeze(1), 0.0).sum(1)
         top = torch.minimum(log_q, log_p)
         alpha = top.exp() + rest
-        missed = -torch.expm1(top) - rest  # 1 - alpha
+        missed = (-torch.expm1(top) - rest).clamp_(min=0.0)  # 1 - alpha
         torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=out.log_acceptance)
 
         log_ratio = self._log_ratio(scratch)
@@ -140,18 +139,18 @@ class _Block:
         torch.div(w_top + w_rest, alpha, out=out.sigma)
         torch.div(w_top * q_rest - q_top * w_rest, alpha, out=out.top_log_acceptance)
 
-        careful = (alpha < SMALLEST_LINEAR) & ~unsupported
+        careful = (alpha < SMALLEST_LINEAR) & out.supported
         if _any(careful):
             self._careful_acceptance(careful.nonzero().squeeze(1), w)
-        careful = ~torch.isfinite(out.kl) & ~unsupported
+        careful = ~torch.isfinite(out.kl) & out.supported
         if _any(careful):
             self._careful_kl(careful.nonzero().squeeze(1))
         # A NaN of the draft, which the floor of log_ratio hides, or of the normaliser, which KL does not use.
         out.kl.masked_fill_(out.log_acceptance.isnan(), float("nan"))
-        if _any(unsupported):
+        if self.unsupported is not None:
             for x in (out.sigma, out.top_log_acceptance, out.top_kl, out.kl):
-                x.masked_fill_(unsupported, 0.0)
-            out.log_acceptance.masked_fill_(unsupported, NEG_INF)
+                x.masked_fill_(self.unsupported, 0.0)
+            out.log_acceptance.masked_fill_(self.unsupported, NEG_INF)
         return q, pt, twice_w_q
 
     def probabilities(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,26 +165,28 @@ class _Block:
     ) -> None:
         """Write the gradient; consumes `twice_w_q`."""
         out = self.out
-        unsupported = ~out.supported
-        d_log_alpha = torch.where(unsupported, 0.0, d_log_alpha * self.rows.z_scale)
-        d_kl = torch.where(unsupported, 0.0, d_kl * self.rows.z_scale)
+        d_log_alpha = torch.where(out.supported, d_log_alpha * self.rows.z_scale, 0.0)
+        d_kl = torch.where(out.supported, d_kl * self.rows.z_scale, 0.0)
         linear = out.log_acceptance > math.log(SMALLEST_LINEAR)
-        careful = (~linear & ~unsupported).nonzero().squeeze(1) if _any(~linear) else None
+        careful = ~linear & out.supported
+        rows = careful.nonzero().squeeze(1) if _any(careful) else None
 
         # w q / alpha * d_log_alpha  +  q * (d_kl - sigma * d_log_alpha)  -  pt * d_kl
         half = torch.where(linear, 0.5 * d_log_alpha * torch.exp(-out.log_acceptance), 0.0)
         rest = d_kl - out.sigma * d_log_alpha
         total = twice_w_q.mul_(half.unsqueeze(1)).addcmul_(q, rest.unsqueeze(1)).addcmul_(pt, d_kl.neg().unsqueeze(1))
-        if careful is not None:
-            total[careful] = self._careful_gradient(careful, d_log_alpha[careful], d_kl[careful])
+        if rows is not None:
+            total[rows] = self._careful_gradient(rows, d_log_alpha[rows], d_kl[rows])
         self._write_top(total, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
-        if _any(unsupported):
-            total.masked_fill_(unsupported.unsqueeze(1), 0.0)
+        if self.unsupported is not None:
+            total.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
         gradient_out.copy_(total)
 
     def _centre(self) -> None:
         """Take the row's maximum off the logits, and scale: exact, whatever their common offset."""
         rows, out = self.rows, self.out
+        unsupported = ~out.supported
+        self.unsupported = unsupported if _any(unsupported) else None
         self.z = _centred(self.z, out.draft_top, rows.z_scale, in_place=rows.z.dtype != self.acc)
         is_copy = rows.t.dtype != self.acc or rows.t_index is not None
         self.t = _centred(self.t, out.target_top, rows.t_scale, in_place=is_copy)
@@ -195,12 +196,15 @@ class _Block:
         out = self.out
         if normalizer is None:
             return pt, out.log_mass.zero_()
-        given = normalizer.value[self.start : self.stop].to(self.acc)
-        if not normalizer.is_mass:
-            given = (self.rows.t_scale * out.target_top - given) + out.target_log_total
-        given = torch.where(out.supported, given, 0.0)
-        out.log_mass.copy_(given)
-        log_mass = torch.where(given > normalizer.most_log_mass, float("nan"), given)
+        given, t_scale = normalizer.value[self.start : self.stop].to(self.acc), self.rows.t_scale
+        if normalizer.is_mass:
+            log_mass = torch.where(out.supported, given, 0.0)
+            out.log_mass.copy_(log_mass)
+        else:
+            log_mass = torch.where(out.supported, (t_scale * out.target_top - given) + out.target_log_total, 0.0)
+            out.log_mass.copy_(log_mass)
+            most = normalizer.most_log_mass(given, out.target_top, t_scale)
+            log_mass = log_mass.masked_fill(log_mass > most, float("nan"))
         return pt * log_mass.exp().unsqueeze(1), log_mass
 
     def _log_ratio(self, scratch: Tensor) -> Tensor:
@@ -225,18 +229,18 @@ class _Block:
         values = values.unsqueeze(1)
         total.scatter_(1, column, torch.where(inside.unsqueeze(1), values, total.gather(1, column)))
 
-    def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """log q and log p of some rows."""
+    def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log q, log p and log pt of some rows."""
         out = self.out
         log_q = self.z[rows] - out.draft_log_total[rows].unsqueeze(1)
-        log_p = self.t[rows] - (out.target_log_total[rows] - out.log_mass[rows]).unsqueeze(1)
-        return log_q, log_p
+        log_pt = self.t[rows] - out.target_log_total[rows].unsqueeze(1)
+        return log_q, log_pt + out.log_mass[rows].unsqueeze(1), log_pt
 
     def _careful_acceptance(self, rows: Tensor, w_top: Tensor) -> None:
         """log alpha, sigma and the gradient at the maximum in log space, where no term underflows before it is
         compared. No digits are lost at the maximum: alpha is far from 1."""
         out = self.out
-        log_q, log_p = self._log_probs(rows)
+        log_q, log_p, _ = self._log_probs(rows)
         at = out.draft_argmax[rows].unsqueeze(1)
         log_alpha = torch.minimum(log_q, log_p).logsumexp(1)
         w_r = _w_r(log_q, log_p, log_alpha, self.tie)
@@ -248,15 +252,14 @@ class _Block:
 
     def _careful_kl(self, rows: Tensor) -> None:
         """KL where some log q are -inf: only those count that the target may say."""
-        log_q, _ = self._log_probs(rows)
-        log_pt = self.t[rows] - self.out.target_log_total[rows].unsqueeze(1)
+        log_q, _, log_pt = self._log_probs(rows)
         pt = log_pt.exp()
         self.out.kl[rows] = torch.where(pt == 0, 0.0, pt * (log_pt - log_q)).sum(1)
 
     def _careful_gradient(self, rows: Tensor, d_log_alpha: Tensor, d_kl: Tensor) -> Tensor:
-        log_q, log_p = self._log_probs(rows)
+        log_q, log_p, log_pt = self._log_probs(rows)
         out = self.out
-        q, pt = log_q.exp(), (log_p - out.log_mass[rows].unsqueeze(1)).exp()
+        q, pt = log_q.exp(), log_pt.exp()
         d_alpha_z = _w_r(log_q, log_p, out.log_acceptance[rows], self.tie) - out.sigma[rows].unsqueeze(1) * q
         return d_kl.unsqueeze(1) * (q - pt) + d_log_alpha.unsqueeze(1) * d_alpha_z
 
