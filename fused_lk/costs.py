@@ -21,10 +21,6 @@ from .workspace import row_stride
 
 TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
 
-# Buffers of a block of rows that the PyTorch row operations hold at a time (z, t, q, pt, p, 2 w q, scratch), give or
-# take one: without a normaliser p is pt.
-_ROW_BUFFERS = 7
-
 # Vectors per pair beside the statistics: weights, coefficients, gradients of the statistics.
 _VECTORS = 6
 
@@ -253,7 +249,7 @@ class Costs:
         return (
             ("target tile", rows * size),
             ("draft columns", rows * self._cached() // max(shape.num_targets, 1) if not shape.shares_vocabulary else 0),
-            ("rows", self._row_buffers(shape.target_vocab_size) // _ROW_BUFFERS * 3),
+            ("rows", self._row_buffers(shape.target_vocab_size) // plain.NUM_BUFFERS * 3),
         )
 
     def _cached(self) -> int:
@@ -276,7 +272,7 @@ class Costs:
         if self.shape.row_operations == "triton":
             return 0
         rows = max(1, plain.BLOCK_ELEMENTS // columns)
-        return _ROW_BUFFERS * rows * columns * self.shape.accumulator.itemsize
+        return plain.NUM_BUFFERS * rows * columns * self.shape.accumulator.itemsize
 
     def _scratch(self, m: int, k: int, n: int) -> int:
         shape = self.shape

@@ -132,7 +132,7 @@ KERNELS = [
 ]
 
 TWIN = [
-    Mutation("sign", PLAIN, "torch.sub(self.t, self.z, out=scratch)", "torch.sub(self.z, self.t, out=scratch)", FUZZ_TORCH, True),
+    Mutation("sign", PLAIN, "torch.sub(self.t, self.z, out=ratio)", "torch.sub(self.z, self.t, out=ratio)", FUZZ_TORCH, True),
     Mutation("sigma", PLAIN, "torch.div(w_top + w_rest, alpha, out=out.sigma)", "torch.div(w_top + 2 * w_rest, alpha, out=out.sigma)", FUZZ_TORCH),
     Mutation("underflow", PLAIN, "careful = (alpha < SMALLEST_LINEAR) & out.supported", "careful = (alpha < 0) & out.supported", "tests/test_extremes.py::test_disjoint_rows_have_finite_right_gradients"),
     Mutation("guard", PLAIN, "careful = ~torch.isfinite(out.kl) & out.supported", "careful = out.supported & ~out.supported", HARD.format("gradients_within_the_eager_error[impossible_tokens-torch-one pass]")),
@@ -141,15 +141,15 @@ TWIN = [
     Mutation("scale", PLAIN, "torch.where(out.supported, d_kl * self.rows.z_scale, 0.0)", "torch.where(out.supported, d_kl, 0.0)", FUZZ_TORCH),
     Mutation("offset", PLAIN, "clamp_(max=size - group)", "clamp_(max=size - group - 1)", FUZZ_TORCH),
     Mutation("tile loop", PLAIN, "if whole < size:", "if False:", FUZZ_TORCH),
-    Mutation("index", PLAIN, "rows.t[rows.t_index[start:stop]]", "rows.t[rows.t_index[0 : stop - start]]", FUZZ_TORCH),
+    Mutation("index", PLAIN, "else (rows.t, index[start:stop])", "else (rows.t, index[0 : stop - start])", FUZZ_TORCH),
     Mutation("sign", PLAIN, "(t_scale * out.target_top - given) + out.target_log_total", "(t_scale * out.target_top - given) - out.target_log_total", FUZZ_TORCH),
     Mutation("index", PLAIN, "normalizer.value[self.start : self.stop]", "normalizer.value[0 : self.stop - self.start]", FUZZ_TORCH),
     Mutation("sigma", PLAIN, "self.tie) - out.sigma[rows].unsqueeze(1) * q", "self.tie)", FUZZ_TORCH),
     Mutation("tie weight", PLAIN, "return (1 + ramp).mul_(0.5)", "return (ramp >= 0).to(log_q.dtype)", EXACT_TIES),
     Mutation("tie weight", PLAIN, "return torch.addcmul(q, ramp, q, value=1 / self.tie, out=ramp)", "return torch.addcmul(q, ramp.add_(self.tie / 2).sign_(), q, out=ramp)", EXACT_TIES),
-    Mutation("w decided twice", PLAIN, "self._write_top(total, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)", "pass", DIGITS_TORCH, True),
+    Mutation("w decided twice", PLAIN, "self._write_top(gradient_out, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)", "pass", DIGITS_TORCH, True),
     Mutation("saved bit ignored", PLAIN, "column = self.out.draft_argmax - self.rows.first_column", "column = self.out.draft_argmax", BLOCKS_TORCH),
-    Mutation("complement", PLAIN, "return top, torch.where(rest < 0.5, rest, 1 - top)", "return top, 1 - top", DIGITS_TORCH),
+    Mutation("complement", PLAIN, "return top, torch.where(top > 0.5, rest, 1 - top)", "return top, 1 - top", DIGITS_TORCH),
     Mutation("complement", PLAIN, "torch.sub(-torch.expm1(log_pt), q_rest, out=out.top_kl)", "torch.sub(q_top, log_pt.exp(), out=out.top_kl)", DIGITS_TORCH),
     Mutation("complement", PLAIN, "torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=out.log_acceptance)", "torch.log(alpha, out=out.log_acceptance)", "tests/test_hard_rows.py::test_total_variation_of_sure_rows[torch]"),
     Mutation("one number", PLAIN, "constant = (self.out.draft_log_total - self.out.target_log_total).unsqueeze(1)", "constant = ((self.out.draft_top + self.out.draft_log_total) - (self.out.target_top + self.out.target_log_total) - self.out.draft_top + self.out.target_top).unsqueeze(1)", HARD.format("a_common_offset_changes_nothing[trained-torch]")),

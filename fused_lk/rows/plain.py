@@ -15,9 +15,13 @@ from torch import Tensor
 
 from .interface import NEG_INF, Coefficients, LogitRows, Normalizer, RowStats, accumulation_dtype, tie_width
 
-# Elements of one block of rows. 2**20 float32 are 4 MiB a buffer; larger blocks fall out of a server's shared cache,
-# smaller ones pay more for dispatch (measured at V = 32,000: 8, 16, 32, 64 rows within 15 % of one another).
-BLOCK_ELEMENTS = 2**20
+# Elements of one block of rows. 2**19 float32 are 2 MiB a buffer, 12 MiB a block; larger ones fall out of a server's
+# shared cache, smaller ones pay more for dispatch (AMD EPYC, 2 threads, V = 32,000, ns an element of statistics: 2.1,
+# 1.7, 1.8 at 2**18, 2**19, 2**20).
+BLOCK_ELEMENTS = 2**19
+
+# Buffers of a block: centred z and t, q, pt, log pt - log q, 2 w q.
+NUM_BUFFERS = 6
 
 # Below this alpha a float32 sum of min(p, q) has lost terms to underflow; log space takes over.
 SMALLEST_LINEAR = 1e-20
@@ -39,7 +43,7 @@ def lse_argmax(
         row = x[start:stop].to(acc)
         top, at = _argmax(row)
         argmax[start:stop] = at
-        row = _centred(row, top, scale, in_place=x.dtype != acc)
+        row = _centred(row, top, scale, torch.empty_like(row) if x.dtype == acc else row)
         probs = torch.softmax(row, 1)
         lse[start:stop] = torch.where(top == NEG_INF, top, scale * top - _at(probs, at).log())
         if inside is not None and log_mass is not None:
@@ -59,18 +63,18 @@ def _log_mass(row: Tensor, probs: Tensor, inside: Tensor) -> Tensor:
 
 def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
     """Write the statistics of whole rows into `out`. Without a normaliser p is pt."""
-    for start, stop in _blocks(rows.z):
-        _Block(rows, out, start, stop).statistics(normalizer)
+    for block in _blocks_of(rows, out):
+        block.statistics(normalizer)
 
 
 def stats_and_gradient(
     rows: LogitRows, normalizer: Normalizer | None, out: RowStats, gradient_out: Tensor, coefficients: Coefficients
 ) -> None:
     """`stats`, then `gradient` with `coefficients(start, stop, statistics)`, from the same exponentials."""
-    for start, stop in _blocks(rows.z):
-        block = _Block(rows, out, start, stop)
+    for block in _blocks_of(rows, out):
         probabilities = block.statistics(normalizer)
-        block.gradient(*probabilities, *coefficients(start, stop, block.out), gradient_out[start:stop])
+        d_log_acceptance, d_kl = coefficients(block.start, block.stop, block.out)
+        block.gradient(*probabilities, d_log_acceptance, d_kl, gradient_out[block.start : block.stop])
 
 
 def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: Tensor, gradient_out: Tensor) -> None:
@@ -78,23 +82,36 @@ def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: T
 
     `rows` may be any block of columns of the rows that `stats` describes.
     """
+    for block in _blocks_of(rows, stats):
+        part = slice(block.start, block.stop)
+        block.gradient(*block.probabilities(), d_log_acceptance[part], d_kl[part], gradient_out[part])
+
+
+def _blocks_of(rows: LogitRows, stats: RowStats) -> Iterator[_Block]:
+    """The blocks of a call. Their buffers are allocated once: fresh pages cost more than what is written to them."""
+    acc = stats.log_acceptance.dtype
+    buffers = None
     for start, stop in _blocks(rows.z):
-        block = _Block(rows, stats, start, stop)
-        probabilities = block.probabilities()
-        block.gradient(*probabilities, d_log_acceptance[start:stop], d_kl[start:stop], gradient_out[start:stop])
+        if buffers is None:  # the first block is the largest
+            buffers = torch.empty(NUM_BUFFERS, stop - start, rows.z.shape[1], dtype=acc, device=rows.z.device)
+        yield _Block(rows, stats, start, stop, buffers[:, : stop - start])
 
 
 class _Block:
-    """A block of rows in the accumulation dtype, small enough for its temporaries to stay in cache."""
+    """A block of rows in the accumulation dtype, small enough for its buffers to stay in cache."""
 
-    def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int) -> None:
+    def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int, buffers: Tensor) -> None:
         self.rows, self.out, self.start, self.stop = rows, stats.rows(start, stop), start, stop
-        self.acc = stats.log_acceptance.dtype
+        self.acc = buffers.dtype
         self.unsupported: Tensor | None = None  # bool [b] where there are such rows, once the statistics are known
         self.tie = tie_width(self.acc)
-        # The logits; from `_centre` on relative to their row's maximum.
-        self.z = rows.z[start:stop].to(self.acc)
-        self.t = (rows.t[start:stop] if rows.t_index is None else rows.t[rows.t_index[start:stop]]).to(self.acc)
+        of_z, of_t, *self.buffers = buffers.unbind(0)
+        # The logits where they lie, or in the block's dtype; `_centre` makes them relative to their row's maximum.
+        self.z = _load(rows.z[start:stop], None, of_z)
+        index = rows.t_index
+        t, index = (rows.t[start:stop], None) if index is None else (rows.t, index[start:stop])
+        self.t = _load(t, index, of_t)
+        self.of_z, self.of_t = of_z, of_t
 
     def statistics(self, normalizer: Normalizer | None) -> tuple[Tensor, Tensor, Tensor]:
         """Write the statistics; returns q, pt and 2 w q, each `[b, V]`, the last 0 in the column of q's maximum."""
@@ -107,7 +124,9 @@ class _Block:
         if out.target_argmax is not None:
             out.target_argmax.copy_(t_at)
         self._centre()
-        q, pt = torch.softmax(self.z, 1), torch.softmax(self.t, 1)
+        q, pt, ratio, ramp = self.buffers
+        torch.softmax(self.z, 1, out=q)
+        torch.softmax(self.t, 1, out=pt)
         if self.unsupported is not None:
             pt.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
         q_top, q_rest = _top_and_rest(q, z_at)
@@ -115,7 +134,7 @@ class _Block:
         out.target_log_total.copy_(_log_total(*_top_and_rest(pt, t_at)))
         if self.unsupported is not None:
             out.target_log_total.masked_fill_(self.unsupported, 0.0)
-        p, log_mass = self._mass(pt, normalizer)
+        log_mass = self._mass(normalizer)
 
         # The column of q's maximum, from complements: 1 - q and 1 - p keep the digits that q and p have lost there.
         log_q = -out.draft_log_total
@@ -124,16 +143,15 @@ class _Block:
         w = _top_weight(log_q, log_p, tie)
         torch.sub(-torch.expm1(log_pt), q_rest, out=out.top_kl)  # (1 - pt) - (1 - q)
 
-        scratch = torch.minimum(p, q)
-        rest = scratch.scatter_(1, z_at.unsqueeze(1), 0.0).sum(1)
+        p = pt if normalizer is None else torch.mul(pt, log_mass.exp().unsqueeze(1), out=ramp)
+        rest = torch.minimum(p, q, out=ratio).scatter_(1, z_at.unsqueeze(1), 0.0).sum(1)
         top = torch.minimum(log_q, log_p)
         alpha = top.exp() + rest
         missed = (-torch.expm1(top) - rest).clamp_(min=0.0)  # 1 - alpha
         torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=out.log_acceptance)
 
-        log_ratio = self._log_ratio(scratch)
-        twice_w_q = self._twice_w_q(q, log_ratio, log_mass if p is not pt else None)
-        torch.sum(log_ratio.mul_(pt), 1, out=out.kl)
+        twice_w_q = self._twice_w_q(q, log_mass, normalizer is not None)
+        torch.sum(ratio.mul_(pt), 1, out=out.kl)
         w_rest = twice_w_q.scatter_(1, z_at.unsqueeze(1), 0.0).sum(1).mul_(0.5)
         w_top = w * top.exp()
         torch.div(w_top + w_rest, alpha, out=out.sigma)
@@ -156,9 +174,10 @@ class _Block:
     def probabilities(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, pt, 2 w q, each `[b, V]`, from the statistics, for any block of columns."""
         self._centre()
-        q = _exp_minus(self.z, self.out.draft_log_total)
-        pt = _exp_minus(self.t, self.out.target_log_total)
-        return q, pt, self._twice_w_q(q, self._log_ratio(torch.empty_like(q)), self.out.log_mass)
+        q, pt, _, _ = self.buffers
+        _exp_minus(self.z, self.out.draft_log_total, q)
+        _exp_minus(self.t, self.out.target_log_total, pt)
+        return q, pt, self._twice_w_q(q, self.out.log_mass, True)
 
     def gradient(
         self, q: Tensor, pt: Tensor, twice_w_q: Tensor, d_log_alpha: Tensor, d_kl: Tensor, gradient_out: Tensor
@@ -170,32 +189,36 @@ class _Block:
         linear = out.log_acceptance > math.log(SMALLEST_LINEAR)
         careful = ~linear & out.supported
         rows = careful.nonzero().squeeze(1) if _any(careful) else None
+        if rows is not None:  # before gradient_out, which may be z, is written
+            careful_gradient = self._careful_gradient(rows, d_log_alpha[rows], d_kl[rows])
 
         # w q / alpha * d_log_alpha  +  q * (d_kl - sigma * d_log_alpha)  -  pt * d_kl
         half = torch.where(linear, 0.5 * d_log_alpha * torch.exp(-out.log_acceptance), 0.0)
         rest = d_kl - out.sigma * d_log_alpha
-        total = twice_w_q.mul_(half.unsqueeze(1)).addcmul_(q, rest.unsqueeze(1)).addcmul_(pt, d_kl.neg().unsqueeze(1))
+        total = twice_w_q.mul_(half.unsqueeze(1)).addcmul_(q, rest.unsqueeze(1))
+        if gradient_out.dtype == total.dtype:
+            torch.addcmul(total, pt, d_kl.neg().unsqueeze(1), out=gradient_out)
+        else:
+            gradient_out.copy_(total.addcmul_(pt, d_kl.neg().unsqueeze(1)))
         if rows is not None:
-            total[rows] = self._careful_gradient(rows, d_log_alpha[rows], d_kl[rows])
-        self._write_top(total, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
+            gradient_out[rows] = careful_gradient.to(gradient_out.dtype)
+        self._write_top(gradient_out, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
         if self.unsupported is not None:
-            total.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
-        gradient_out.copy_(total)
+            gradient_out.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
 
     def _centre(self) -> None:
         """Take the row's maximum off the logits, and scale: exact, whatever their common offset."""
         rows, out = self.rows, self.out
         unsupported = ~out.supported
         self.unsupported = unsupported if _any(unsupported) else None
-        self.z = _centred(self.z, out.draft_top, rows.z_scale, in_place=rows.z.dtype != self.acc)
-        is_copy = rows.t.dtype != self.acc or rows.t_index is not None
-        self.t = _centred(self.t, out.target_top, rows.t_scale, in_place=is_copy)
+        self.z = _centred(self.z, out.draft_top, rows.z_scale, self.of_z)
+        self.t = _centred(self.t, out.target_top, rows.t_scale, self.of_t)
 
-    def _mass(self, pt: Tensor, normalizer: Normalizer | None) -> tuple[Tensor, Tensor]:
-        """p, and log_mass as the formulas use it; `out.log_mass` keeps what a nonsensical normaliser gave."""
+    def _mass(self, normalizer: Normalizer | None) -> Tensor:
+        """log_mass as the formulas use it; `out.log_mass` keeps what a nonsensical normaliser gave."""
         out = self.out
         if normalizer is None:
-            return pt, out.log_mass.zero_()
+            return out.log_mass.zero_()
         given, t_scale = normalizer.value[self.start : self.stop].to(self.acc), self.rows.t_scale
         if normalizer.is_mass:
             log_mass = torch.where(out.supported, given, 0.0)
@@ -205,20 +228,21 @@ class _Block:
             out.log_mass.copy_(log_mass)
             most = normalizer.most_log_mass(given, out.target_top, t_scale)
             log_mass = log_mass.masked_fill(log_mass > most, float("nan"))
-        return pt * log_mass.exp().unsqueeze(1), log_mass
+        return log_mass
 
-    def _log_ratio(self, scratch: Tensor) -> Tensor:
-        """log pt - log q in `scratch`; finite where either is -inf, but +inf where only q is 0."""
+    def _twice_w_q(self, q: Tensor, log_mass: Tensor, has_mass: bool) -> Tensor:
+        """`2 w q` = q + ramp * q, in the last buffer: exactly 0 where q > p, however small the rest.
+
+        The one before it holds log pt - log q then: finite where either is -inf, but +inf where only q is 0.
+        """
+        _, _, ratio, ramp = self.buffers
         constant = (self.out.draft_log_total - self.out.target_log_total).unsqueeze(1)
-        difference = torch.sub(self.t, self.z, out=scratch).add_(constant)
-        return difference.nan_to_num_(nan=FLOOR, posinf=float("inf"), neginf=FLOOR)
-
-    def _twice_w_q(self, q: Tensor, log_ratio: Tensor, log_mass: Tensor | None) -> Tensor:
-        """`2 w q` = q + ramp * q: exactly 0 where q > p, however small the rest."""
-        if log_mass is None:
-            ramp = log_ratio.clamp(-self.tie, self.tie)
+        torch.sub(self.t, self.z, out=ratio).add_(constant)
+        ratio.nan_to_num_(nan=FLOOR, posinf=float("inf"), neginf=FLOOR)
+        if has_mass:
+            torch.add(ratio, log_mass.unsqueeze(1), out=ramp).clamp_(-self.tie, self.tie)
         else:
-            ramp = (log_ratio + log_mass.unsqueeze(1)).clamp_(-self.tie, self.tie)
+            torch.clamp(ratio, -self.tie, self.tie, out=ramp)
         return torch.addcmul(q, ramp, q, value=1 / self.tie, out=ramp)
 
     def _write_top(self, total: Tensor, values: Tensor) -> None:
@@ -226,7 +250,7 @@ class _Block:
         column = self.out.draft_argmax - self.rows.first_column
         inside = (column >= 0) & (column < total.shape[1])
         column = torch.where(inside, column, 0).unsqueeze(1)
-        values = values.unsqueeze(1)
+        values = values.unsqueeze(1).to(total.dtype)
         total.scatter_(1, column, torch.where(inside.unsqueeze(1), values, total.gather(1, column)))
 
     def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,12 +307,13 @@ def _top_weight(log_q: Tensor, log_p: Tensor, tie: float) -> Tensor:
 def _top_and_rest(probs: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability of each row, and the sum of all others: added up where the largest is near 1 and has
     lost its digits, else what it leaves of 1, because `probs` sum to 1 only up to rounding."""
+    top = _at(probs, at)
+    if not _any(top > 0.5):
+        return top, 1 - top
     at = at.unsqueeze(1)
-    top = probs.gather(1, at)
     rest = probs.scatter_(1, at, 0.0).sum(1)
-    probs.scatter_(1, at, top)
-    top = top.squeeze(1)
-    return top, torch.where(rest < 0.5, rest, 1 - top)
+    probs.scatter_(1, at, top.unsqueeze(1))
+    return top, torch.where(top > 0.5, rest, 1 - top)
 
 
 def _log_total(top: Tensor, rest: Tensor) -> Tensor:
@@ -296,19 +321,19 @@ def _log_total(top: Tensor, rest: Tensor) -> Tensor:
     return torch.where(rest < 0.5, -torch.log1p(-rest), -top.log())
 
 
-def _exp_minus(x: Tensor, log_total: Tensor) -> Tensor:
-    """exp(x - log_total) of any columns `x`, relative to their row's maximum, that `log_total` `[b]` is of.
+def _exp_minus(x: Tensor, log_total: Tensor, out: Tensor) -> None:
+    """Write exp(x - log_total) of any columns `x`, relative to their row's maximum, that `log_total` `[b]` is of.
 
     As softmax(x) * exp(logsumexp(x) - log_total): `torch.softmax` takes max, exp, sum and quotient in less time than
     `torch.exp` alone (0.38 against 0.60 ns an element; AMD EPYC, one thread), and the sum's rounding cancels.
     """
-    probs = torch.softmax(x, 1)
+    torch.softmax(x, 1, out=out)
     top = x.amax(1)
     impossible = top == NEG_INF
-    factor = torch.where(impossible, 0.0, (top - log_total).exp_() / probs.amax(1))
+    factor = torch.where(impossible, 0.0, (top - log_total).exp_() / out.amax(1))
     if _any(impossible):
-        probs.masked_fill_(impossible.unsqueeze(1), 0.0)
-    return probs.mul_(factor.unsqueeze(1))
+        out.masked_fill_(impossible.unsqueeze(1), 0.0)
+    out.mul_(factor.unsqueeze(1))
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
@@ -337,9 +362,16 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, first + x.gather(1, columns).argmax(1)
 
 
-def _centred(x: Tensor, top: Tensor, scale: float, *, in_place: bool) -> Tensor:
-    top = _finite(top).unsqueeze(1)
-    centred = x.sub_(top) if in_place else x - top
+def _load(x: Tensor, index: Tensor | None, buffer: Tensor) -> Tensor:
+    """The rows `x`, or `x[index]`, in the buffer's dtype: in the buffer, unless they can be read where they lie."""
+    if index is None:
+        return x if x.dtype == buffer.dtype else buffer.copy_(x)
+    return torch.index_select(x, 0, index, out=buffer) if x.dtype == buffer.dtype else buffer.copy_(x[index])
+
+
+def _centred(x: Tensor, top: Tensor, scale: float, out: Tensor) -> Tensor:
+    """`scale * (x - top)` in `out`."""
+    centred = torch.sub(x, _finite(top).unsqueeze(1), out=out)
     return centred if scale == 1.0 else centred.mul_(scale)
 
 
