@@ -185,8 +185,11 @@ class TopKTiles(TargetTiles):
 
 
 def owned(x: Tensor) -> Tensor:
-    """`x`, or a copy of a tensor of inference mode, which counts no changes in place and which autograd cannot save."""
-    return x.clone() if x.is_inference() else x
+    """`x`, or a copy of a tensor of inference mode, which counts no changes in place and which autograd cannot save.
+
+    A graph cannot ask; there, what inference mode made is refused by PyTorch.
+    """
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def rebuild(kind: str, tensors: Sequence[Tensor], vocab_size: int) -> TargetTiles:

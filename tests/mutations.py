@@ -147,7 +147,7 @@ TWIN = [
     Mutation("sigma", PLAIN, "self.tie) - out.sigma[rows].unsqueeze(1) * q", "self.tie)", FUZZ_TORCH),
     Mutation("tie weight", PLAIN, "return (1 + ramp).mul_(0.5)", "return (ramp >= 0).to(log_q.dtype)", EXACT_TIES),
     Mutation("tie weight", PLAIN, "return torch.addcmul(q, ramp, q, value=1 / self.tie, out=ramp)", "return torch.addcmul(q, ramp.add_(self.tie / 2).sign_(), q, out=ramp)", EXACT_TIES),
-    Mutation("w decided twice", PLAIN, "self._write_top(gradient_out, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)", "pass", DIGITS_TORCH, True),
+    Mutation("w decided twice", PLAIN, "self._write_top(into, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)", "pass", DIGITS_TORCH, True),
     Mutation("saved bit ignored", PLAIN, "column = self.out.draft_argmax - self.rows.first_column", "column = self.out.draft_argmax", BLOCKS_TORCH),
     Mutation("complement", PLAIN, "return top, torch.where(top > 0.5, rest, 1 - top)", "return top, 1 - top", DIGITS_TORCH),
     Mutation("complement", PLAIN, "torch.sub(-torch.expm1(log_pt), q_rest, out=out.top_kl)", "torch.sub(q_top, log_pt.exp(), out=out.top_kl)", DIGITS_TORCH),

@@ -90,22 +90,23 @@ def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: T
 def _blocks_of(rows: LogitRows, stats: RowStats) -> Iterator[_Block]:
     """The blocks of a call. Their buffers are allocated once: fresh pages cost more than what is written to them."""
     acc = stats.log_acceptance.dtype
-    buffers = None
+    buffers: list[Tensor] = []
     for start, stop in _blocks(rows.z):
-        if buffers is None:  # the first block is the largest
-            buffers = torch.empty(NUM_BUFFERS, stop - start, rows.z.shape[1], dtype=acc, device=rows.z.device)
-        yield _Block(rows, stats, start, stop, buffers[:, : stop - start])
+        if not buffers:  # the first block is the largest
+            shape = (stop - start, rows.z.shape[1])
+            buffers = [torch.empty(shape, dtype=acc, device=rows.z.device) for _ in range(NUM_BUFFERS)]
+        yield _Block(rows, stats, start, stop, [x[: stop - start] for x in buffers])
 
 
 class _Block:
     """A block of rows in the accumulation dtype, small enough for its buffers to stay in cache."""
 
-    def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int, buffers: Tensor) -> None:
+    def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int, buffers: list[Tensor]) -> None:
         self.rows, self.out, self.start, self.stop = rows, stats.rows(start, stop), start, stop
-        self.acc = buffers.dtype
+        self.acc = buffers[0].dtype
         self.unsupported: Tensor | None = None  # bool [b] where there are such rows, once the statistics are known
         self.tie = tie_width(self.acc)
-        of_z, of_t, *self.buffers = buffers.unbind(0)
+        of_z, of_t, *self.buffers = buffers
         # The logits where they lie, or in the block's dtype; `_centre` makes them relative to their row's maximum.
         self.z = _load(rows.z[start:stop], None, of_z)
         index = rows.t_index
@@ -196,15 +197,15 @@ class _Block:
         half = torch.where(linear, 0.5 * d_log_alpha * torch.exp(-out.log_acceptance), 0.0)
         rest = d_kl - out.sigma * d_log_alpha
         total = twice_w_q.mul_(half.unsqueeze(1)).addcmul_(q, rest.unsqueeze(1))
-        if gradient_out.dtype == total.dtype:
-            torch.addcmul(total, pt, d_kl.neg().unsqueeze(1), out=gradient_out)
-        else:
-            gradient_out.copy_(total.addcmul_(pt, d_kl.neg().unsqueeze(1)))
+        into = gradient_out if gradient_out.dtype == total.dtype else total
+        torch.addcmul(total, pt, d_kl.neg().unsqueeze(1), out=into)
         if rows is not None:
-            gradient_out[rows] = careful_gradient.to(gradient_out.dtype)
-        self._write_top(gradient_out, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
+            into[rows] = careful_gradient
+        self._write_top(into, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
         if self.unsupported is not None:
-            gradient_out.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
+            into.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
+        if into is total:
+            gradient_out.copy_(total)
 
     def _centre(self) -> None:
         """Take the row's maximum off the logits, and scale: exact, whatever their common offset."""
@@ -250,7 +251,7 @@ class _Block:
         column = self.out.draft_argmax - self.rows.first_column
         inside = (column >= 0) & (column < total.shape[1])
         column = torch.where(inside, column, 0).unsqueeze(1)
-        values = values.unsqueeze(1).to(total.dtype)
+        values = values.unsqueeze(1)
         total.scatter_(1, column, torch.where(inside.unsqueeze(1), values, total.gather(1, column)))
 
     def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
