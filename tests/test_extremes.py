@@ -268,3 +268,28 @@ def test_a_normalizer_of_minus_infinity_is_a_row_without_an_answer(impl):
     assert out.loss.isfinite()
     assert not gradient[1].any()
     assert gradient[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_of_almost_disjoint_rows(impl, plan, dtype):
+    """Two columns tie, bit for bit, where alpha is 4 e-100 and only log space holds it: w is 1/2 there as well."""
+    z = torch.tensor([[0.0, -100.0, -100.0, -100.0]])
+    t = torch.tensor([[-100.0, 0.0, -100.0, -100.0]])
+    out, gradient = from_logits(z, t, impl, dtype=dtype, plan=plan)
+    oracle, expected = from_logits(z, t, "reference")
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5  # the exponential of 100 carries the rounding of 100
+    torch.testing.assert_close(out.loss.double(), oracle.loss, rtol=rtol, atol=0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=rtol)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_token_that_neither_side_can_say_in_float32(impl):
+    """The draft excludes it, and the target's e-200 is 0: 0 * inf is no part of KL."""
+    z = torch.tensor([[0.0, 1.0, NEG_INF]])
+    t = torch.tensor([[1.0, 0.5, -200.0]])
+    out, gradient = from_logits(z, t, impl, "kl", dtype=torch.float32)
+    expected, expected_gradient = from_logits(z[:, :2], t[:, :2], impl, "kl", dtype=torch.float32)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(gradient[:, :2], expected_gradient)

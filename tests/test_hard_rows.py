@@ -28,7 +28,7 @@ WALKS = {
     "one pass": {"plan": "one_pass"},
     "one pass, small chunks": {"plan": "one_pass", "workspace_mb": 0.015},
     "recompute": {"plan": "recompute"},
-    "recompute, blocks of columns": {"plan": "recompute", "workspace_mb": 0.012},
+    "recompute, blocks of columns": {"plan": "recompute", "workspace_mb": 0.004},
 }
 
 

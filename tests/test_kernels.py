@@ -137,6 +137,16 @@ def test_lse_argmax(dtype, size):
             torch.testing.assert_close(mass[:-1].double(), exact[:-1], rtol=rtol, atol=1e-6)
 
 
+def test_an_argmax_that_ties_inside_and_outside():
+    x = torch.tensor([[1.0, 3.0, 3.0, 0.0], [3.0, 1.0, 0.0, 3.0]], device=DEVICE)
+    inside = torch.tensor([False, False, True, True], device=DEVICE)
+    for ops in (launch, plain):
+        lse, mass, at = torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE), torch.zeros(2, dtype=torch.long)
+        at = at.to(DEVICE)
+        ops.lse_argmax(x, 1.0, inside, lse, mass, at)
+        assert at.tolist() == [1, 0]
+
+
 def test_disjoint_rows_keep_their_gradient():
     z = torch.zeros(1, 64, device=DEVICE)
     z[:, :32] = 400
