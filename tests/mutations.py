@@ -195,7 +195,7 @@ WALKS = [
     Mutation("offset", "fused_lk/chunked.py", "normalizer.value[chunk.start : chunk.stop]", "normalizer.value[: chunk.num_pairs]", CALLS),
     Mutation("saved bit ignored", "fused_lk/chunked.py", "rows = work.rows(z, t, index, start)", "rows = work.rows(z, t, index)", BLOCKS_TORCH),
     Mutation("NaN swallowed", "fused_lk/objective.py", "return torch.where(weight == 0, 0.0, weight * x)", "return torch.where(x.isfinite(), weight * x, 0.0)", NAN.format("tv-{'plan': 'recompute'}-draft nan-torch")),
-    Mutation("guard", "fused_lk/objective.py", "return torch.where(weight == 0, 0.0, weight * x)", "return weight * x", "tests/test_not_a_number.py::test_ignored_rows_of_infinite_kl"),
+    Mutation("guard", "fused_lk/objective.py", "return torch.where(weight == 0, 0.0, weight * x)", "return weight * x", "tests/test_extremes.py::test_a_lambda_of_0_takes_nothing_of_an_infinite_kl"),
     Mutation("digits", "fused_lk/objective.py", "torch.where(near_one, -torch.expm1(log_acceptance), 1 - log_acceptance.exp())", "-torch.expm1(log_acceptance)", HARD.format("gradients_of_small_alpha_keep_their_digits")),
     Mutation("support", "fused_lk/rows/interface.py", "return self.target_top != NEG_INF", "return self.log_acceptance > NEG_INF", "tests/test_extremes.py::test_no_token_in_common"),
     Mutation("owned", "fused_lk/autograd.py", "work = work.owned()", "work = work", "tests/test_owned.py::test_tensors_of_inference_mode_are_owned"),

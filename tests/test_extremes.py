@@ -293,3 +293,12 @@ def test_a_token_that_neither_side_can_say_in_float32(impl):
     expected, expected_gradient = from_logits(z[:, :2], t[:, :2], impl, "kl", dtype=torch.float32)
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(gradient[:, :2], expected_gradient)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_lambda_of_0_takes_nothing_of_an_infinite_kl(impl, plan):
+    z, t = torch.tensor([[0.0, NEG_INF]]), torch.tensor([[NEG_INF, 0.0]])
+    out, gradient = from_logits(z, t, impl, "lambda", kl_weight=torch.zeros(1), plan=plan)
+    assert out.loss == 1
+    assert not gradient.any()
