@@ -274,7 +274,8 @@ def test_a_real_model(draft, walk, impl):
         slack = [(truth.slack @ leaves[1].double().abs()).max(), (truth.slack.t() @ leaves[0].double().abs()).max()]
         for name, a, b, c, open_ in zip(("dH", "dW"), got, want, theirs, slack, strict=True):
             error, allowed = (a - b).abs().max(), (c - b).abs().max()
-            budget = 1.5 * allowed + 8 * EPS * b.abs().max() + open_
+            # Products of other shapes have other last bits of z: half of `noise`, which q and r take over relatively.
+            budget = 1.5 * allowed + (8 * EPS + noise / 2) * b.abs().max() + open_
             assert error <= budget, f"{objective} {name}: {error:.3g}, eager {allowed:.3g}, ties {open_:.3g}"
         assert (out.loss - exact).abs() <= 1.5 * (plain - exact).abs() + 16 * EPS * (1 + exact)
 
