@@ -45,16 +45,17 @@ class Tile(NamedTuple):
 # spills, and an A100 ran at 6 % of its bandwidth). Figures: the worst of A100, H100, B200 and all optional arguments,
 # rows aligned, in `python -m bench.compile_report`.
 TILES = {
-    # Twice three numbers of state an element, for the columns inside and outside the draft vocabulary: with 16 elements
-    # a thread, up to 198 registers, one row an SM.
+    # Twice three numbers of state an element, for the columns inside and outside the draft vocabulary. 8 elements a
+    # thread: at most 120 registers, 2 rows an SM; 16 take up to 187, one row an SM.
     "lse_argmax": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(1024, 256)},
-    # Ten numbers of state an element; 8 elements a thread are 128 bits of half precision. There at most 104 registers
-    # let 2 or 3 rows share an SM (one ends while another loads; many more, and their second pass would miss the cache).
+    # Ten numbers of state an element; 8 elements a thread are 128 bits of half precision. There at most 94 registers
+    # let 2 rows share an SM (one ends while another loads; many more, and their second pass would miss the cache).
     # float32: 2,048 x 256 threads spills 8 bytes on an A100 without optional arguments, where ptxas makes room for a
     # third row; one row of 512 threads does not. float64: 2 elements are 128 bits; 4 and 8 spill on some card, with
-    # Triton 3.7 or 3.2. 16 elements spill, though published, for other kernels, as best on an H100.
+    # Triton 3.7 or 3.2.
     "row_stats": {2: Tile(2048, 256), 4: Tile(4096, 512), 8: Tile(256, 128)},
-    # No state: at most 48 registers, 40 warps an SM or more (float64: 36). Small blocks, as a row ends in part of one.
+    # No state: at most 56 registers, 36 warps an SM or more (float64: 68 and 28). Small blocks, as a row ends in part
+    # of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
 # What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report.

@@ -110,7 +110,7 @@ class RowStats(NamedTuple):
 
     @classmethod
     def of_saved(cls, saved: tuple[Tensor, ...]) -> RowStats:
-        """The statistics of `saved()`, for a gradient; it reads no KL."""
+        """The statistics of `saved()`, for a gradient, which reads no KL: what stands in its place means nothing."""
         return cls._make((*saved, saved[0], None))
 
     @property
