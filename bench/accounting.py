@@ -177,13 +177,13 @@ def full_size(device: str = "cpu") -> Iterator[None]:
     """
     from fused_lk.kernels import launch
 
-    from fused_lk import gemm, plan
+    from fused_lk import gemm
 
     with contextlib.ExitStack() as stack:
         for name, stub in (("_launch", _launched), ("check_device", _nothing)):
             stack.enter_context(mock.patch.object(launch, name, stub))
         if device != "cpu":
-            stack.enter_context(mock.patch.object(plan, "is_cpu", return_value=False))
+            stack.enter_context(mock.patch.object(gemm, "is_cpu", return_value=False))
             stack.enter_context(mock.patch.object(gemm, "_has_out_dtype", lambda x: x.dtype.itemsize == 2))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield

@@ -35,8 +35,8 @@ import triton
 from fused_lk.kernels import launch
 from torch import Tensor
 
+from fused_lk import gemm
 from fused_lk.rows.interface import LogitRows, Normalizer, RowStats, accumulation_dtype
-from fused_lk.workspace import Tile
 
 from . import machine_code, offline
 
@@ -138,7 +138,7 @@ def launcher(case: Case) -> Callable[[], None]:
     def tile(dtype: torch.dtype) -> Tensor:
         if case.layout == "unpadded":
             return torch.empty(ROWS, size, dtype=dtype)
-        return Tile(ROWS, size, dtype, torch.device("cpu")).view(ROWS, size)
+        return gemm.tile(ROWS, size, dtype, torch.device("cpu"))
 
     logits = [tile(dtype) for dtype in case.dtypes]
     acc = accumulation_dtype(logits[0])

@@ -21,13 +21,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import gemm, plan, validation
+from . import checks, gemm, plan
 from .draft import LinearDraft, LinearGradients, LogitsDraft, LogitsGradients, times
 from .layout import Chunk, Layout
 from .pairs import Pairs
 from .rows.interface import Coefficients, LogitRows, Normalizer, RowStats, accumulation_dtype
 from .target import Target
-from .workspace import Tile
 
 Draft = LinearDraft | LogitsDraft
 
@@ -86,11 +85,11 @@ class _Tiles:
     def __init__(self, work: Work, draft: Draft, rows: int, targets: int, columns: int) -> None:
         device = draft.sources[0].device
         dtypes = () if draft.tile_is_view(work.layout.in_order) else draft.tile_dtypes()
-        tiles = [Tile(rows, columns, dtype, device) for dtype in dtypes]
+        tiles = [gemm.tile(rows, columns, dtype, device) for dtype in dtypes]
         self.z = tiles[0] if tiles else None
         self.gradient = tiles[1] if len(tiles) > 1 else None
         needs_target = _needs_target_tile(work.target, work.layout)
-        self.t = Tile(targets, columns, work.target.dtype, device) if needs_target else None
+        self.t = gemm.tile(targets, columns, work.target.dtype, device) if needs_target else None
 
     @classmethod
     def by_rows(cls, work: Work, draft: Draft) -> _Tiles:
@@ -196,7 +195,7 @@ def gradients_by_vocabulary(
         columns = slice(start, min(start + step, draft.vocab_size))
         z, _ = draft.fill(layout, whole, columns, tiles.z, hidden)
         t, index = work.target.tiles.fill(layout, whole, columns, tiles.t)
-        g = z if tiles.gradient is None else tiles.gradient.view(*z.shape)
+        g = z if tiles.gradient is None else tiles.gradient[: z.shape[0], : z.shape[1]]
         rows = work.rows(z, t, index, start)
         work.ops.gradient(rows, stats, d_log_alpha, d_kl, g)
         if d_weight is not None:
@@ -221,11 +220,11 @@ def _of_chunk(normalizer: Normalizer | None, chunk: Chunk) -> Normalizer | None:
 
 def _check_mass(normalizer: Normalizer | None, stats: RowStats, t_scale: float) -> None:
     """Refuse a target whose probabilities sum to more than 1; on a device, where reading waits, its rows give NaN."""
-    if normalizer is None or normalizer.is_mass or not validation.checks_contents(stats.log_mass):
+    if normalizer is None or normalizer.is_mass or not checks.checks_contents(stats.log_mass):
         return
     excessive = stats.log_mass > normalizer.most_log_mass(normalizer.value, stats.target_top, t_scale)
     if bool(excessive.any()):
-        validation.fail(
+        checks.fail(
             "a target whose probabilities on the draft vocabulary sum to at most 1 in each supervised row",
             f"{int(excessive.sum())} row(s) with more, up to {stats.log_mass[excessive].exp().max():.4g}",
             "Pass probabilities or log-probabilities, not logits; a log_normalizer must be logsumexp(logits / "

@@ -13,11 +13,11 @@ import torch
 
 from . import gemm, plan
 from .draft import LinearDraft
+from .gemm import row_stride
 from .layout import Layout
 from .pairs import Pairs
 from .rows import plain
 from .rows.interface import NUM_SAVED, RowStats
-from .workspace import row_stride
 
 TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
 
@@ -245,7 +245,7 @@ class Costs:
         shape = self.shape
         size = row_stride(shape.target_vocab_size) * shape.dtype.itemsize
         itemsize = shape.dtype.itemsize
-        rows = plan.target_rows(shape.target_vocab_size, shape.num_targets, itemsize, shape.device, self.budget)
+        rows = gemm.rows_of_a_tile(shape.target_vocab_size, shape.num_targets, itemsize, shape.device, self.budget)
         return (
             ("target tile", rows * size),
             ("draft columns", rows * self._cached() // max(shape.num_targets, 1) if not shape.shares_vocabulary else 0),

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import gemm
 from .layout import Chunk, Layout
 from .rows.interface import accumulation_dtype
-from .workspace import Tile
 
 
 def _gather(sources: Sequence[Tensor], layout: Layout, chunk: Chunk, out: Tensor | None) -> Tensor:
@@ -81,12 +80,12 @@ class LinearDraft:
         return False
 
     def fill(
-        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile | None, rows: Tensor | None = None
+        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`(z, h)` of the chunk's pairs for a block of columns; `h` may be handed in as `rows`."""
         assert tile is not None  # these logits lie nowhere yet
         h = _gather(self.sources, layout, chunk, None) if rows is None else rows
-        z = tile.view(chunk.num_pairs, columns.stop - columns.start)
+        z = tile[: chunk.num_pairs, : columns.stop - columns.start]
         gemm.linear_into(z, h, self.weight[columns], None if self.bias is None else self.bias[columns])
         return z, h
 
@@ -127,9 +126,9 @@ class LinearGradients:
         wants_bias = draft.bias is not None and needs[k + 1]
         self.bias = draft.weight.new_zeros(draft.vocab_size, dtype=acc) if wants_bias else None
 
-    def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tile | None) -> Tensor:
+    def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tensor | None) -> Tensor:
         """Where the row operations write: over the logits, or a tile of the compute dtype."""
-        return z if tile is None else tile.view(*z.shape)
+        return z if tile is None else tile[: z.shape[0], : z.shape[1]]
 
     def add(self, chunk: Chunk, h: Tensor | None, g: Tensor) -> None:
         """Take the gradient `g` `[n, V]` with respect to the chunk's logits."""
@@ -179,9 +178,9 @@ class LogitsDraft:
         return in_order and all(x.stride(1) == 1 for x in self.sources)
 
     def fill(
-        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile | None, rows: Tensor | None = None
+        self, layout: Layout, chunk: Chunk, columns: slice, tile: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        out = None if tile is None else tile.view(chunk.num_pairs, self.vocab_size)
+        out = None if tile is None else tile[: chunk.num_pairs]
         z = _gather(self.sources, layout, chunk, out)
         return (z if out is None or z is out else out.copy_(z)), None
 
@@ -197,7 +196,7 @@ class LogitsGradients:
         self.logits = _gradient_buffers(draft.sources, needs, layout)
         self.in_place = draft.tile_is_view(layout.in_order)
 
-    def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tile | None) -> Tensor:
+    def gradient_tile(self, chunk: Chunk, z: Tensor, tile: Tensor | None) -> Tensor:
         if not self.in_place:
             return z
         into = self.logits[chunk.segments[0].source]

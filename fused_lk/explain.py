@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import checks, gemm
 from . import plan as plans
-from . import validation
 from .costs import TARGET_KINDS, Costs, Shape
 from .options import LossOptions
 from .pairs import Pairs
@@ -66,7 +66,7 @@ class Explanation:
             f"flops       {self.gemm_flops:.4g}, {over:.2f} x the floor ({self.floor_flops_from_hidden:.4g}; "
             f"{self.floor_flops:.4g} with the normaliser given)",
             f"peak        {_mib(self.peak_bytes)} beyond the inputs: "
-            + ", ".join(f"{name} {_mib(size)}" for name, size in self.at_peak if size >= plans.MIB),
+            + ", ".join(f"{name} {_mib(size)}" for name, size in self.at_peak if size >= gemm.MIB),
             f"held        {_mib(self.held_bytes)} between forward and backward",
             *(f"because     {reason}" for reason in self.reasons),
         ]
@@ -116,38 +116,38 @@ def explain(
     Raises:
         TypeError, ValueError: unknown names, sizes out of range, a plan that cannot serve the request.
     """
-    num_tokens = validation.integer("num_tokens", num_tokens, minimum=0)
-    hidden_size = validation.integer("hidden_size", hidden_size)
-    draft_vocab_size = validation.integer("draft_vocab_size", draft_vocab_size)
-    ttt_steps = validation.integer("ttt_steps", ttt_steps)
+    num_tokens = checks.integer("num_tokens", num_tokens, minimum=0)
+    hidden_size = checks.integer("hidden_size", hidden_size)
+    draft_vocab_size = checks.integer("draft_vocab_size", draft_vocab_size)
+    ttt_steps = checks.integer("ttt_steps", ttt_steps)
     if target_vocab_size is None:
         target_vocab_size = draft_vocab_size
-    target_vocab_size = validation.integer("target_vocab_size", target_vocab_size)
+    target_vocab_size = checks.integer("target_vocab_size", target_vocab_size)
     if draft_vocab_size > target_vocab_size:
-        validation.fail(
+        checks.fail(
             "draft_vocab_size <= target_vocab_size (the draft's vocabulary is a subset of the target's)",
             f"{draft_vocab_size} draft tokens of {target_vocab_size}",
             "Draft first, then target; trim padded rows of the draft's head.",
         )
     if target_hidden_size is None:
         target_hidden_size = hidden_size
-    target_hidden_size = validation.integer("target_hidden_size", target_hidden_size)
+    target_hidden_size = checks.integer("target_hidden_size", target_hidden_size)
     for name, value in (
         ("normalizer_given", normalizer_given),
         ("frozen_head", frozen_head),
         ("frozen_hidden", frozen_hidden),
     ):
-        validation.flag(name, value)
-    validation.choice("target", target, TARGET_KINDS)
-    validation.choice("device", device, ("cpu", "cuda"))
-    validation.choice("impl", impl, ("auto", "triton", "torch"))
-    if dtype not in validation.FLOATS:
-        validation.fail("dtype to be a floating point torch.dtype", dtype, "Pass torch.bfloat16, say.", TypeError)
+        checks.flag(name, value)
+    checks.choice("target", target, TARGET_KINDS)
+    checks.choice("device", device, ("cpu", "cuda"))
+    checks.choice("impl", impl, ("auto", "triton", "torch"))
+    if dtype not in checks.FLOATS:
+        checks.fail("dtype to be a floating point torch.dtype", dtype, "Pass torch.bfloat16, say.", TypeError)
     if pairs is not None:
         _check_pairs(pairs, ttt_steps * num_tokens, num_tokens, masked_share)
-    masked_share = validation.number("masked_share", masked_share, minimum=0)
+    masked_share = checks.number("masked_share", masked_share, minimum=0)
     if masked_share > 1:
-        validation.fail("masked_share in [0, 1]", masked_share, "Pass the share of tokens that do not count.")
+        checks.fail("masked_share in [0, 1]", masked_share, "Pass the share of tokens that do not count.")
     options = LossOptions(objective, lambda_per=lambda_per, kl_weight=kl_weight, reduction=reduction)
     obstacle = options.obstacle_to_one_pass
     chosen = plans.resolve(plan, obstacle)
@@ -163,13 +163,13 @@ def explain(
         target=target,
         normalizer_given=normalizer_given,
         dtype=dtype,
-        logits_dtype=validation.wide_logits(logits_dtype),
+        logits_dtype=checks.wide_logits(logits_dtype),
         needs_hidden=not frozen_hidden,
         needs_weight=not frozen_head,
         row_operations="torch" if impl == "torch" or (impl == "auto" and device == "cpu") else "triton",
         device=torch.device(device),
     )
-    costs = Costs(shape, one_pass=chosen == "one_pass", budget=plans.workspace_bytes(workspace_mb))
+    costs = Costs(shape, one_pass=chosen == "one_pass", budget=checks.workspace_bytes(workspace_mb))
     at_peak = costs.at_peak()
     return Explanation(
         plan=chosen,
@@ -202,11 +202,11 @@ def _plan_reason(requested: str, obstacle: str | None) -> str:
 
 def _check_pairs(pairs: Pairs, num_rows: int, num_targets: int, masked_share: float) -> None:
     if not isinstance(pairs, Pairs):
-        validation.fail("pairs to be a fused_lk.Pairs", pairs, "Build Pairs(mask, ...).", TypeError)
+        checks.fail("pairs to be a fused_lk.Pairs", pairs, "Build Pairs(mask, ...).", TypeError)
     if masked_share != 0:
-        validation.fail("pairs or masked_share", "both", "Leave masked_share out: the pairs say what counts.")
+        checks.fail("pairs or masked_share", "both", "Leave masked_share out: the pairs say what counts.")
     if pairs.shape is not None and math.prod(pairs.shape) != num_rows:
-        validation.fail(
+        checks.fail(
             f"pairs of ttt_steps * num_tokens = {num_rows} rows",
             f"pairs of shape {pairs.shape}",
             "num_tokens counts the draft rows of one step.",
@@ -224,4 +224,4 @@ def _pairs(num_tokens: int, steps: int, masked_share: float) -> Pairs:
 
 
 def _mib(size: int) -> str:
-    return f"{size / plans.MIB:,.0f} MiB"
+    return f"{size / gemm.MIB:,.0f} MiB"

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import validation
-from .autocast import compute_dtype
+from . import checks
+from .gemm import compute_dtype
 from .vocab import DraftVocab
 
 
@@ -25,13 +25,13 @@ class TargetHead:
     """
 
     def __init__(self, lm_head_weight: Tensor, vocab: DraftVocab | None = None, bias: Tensor | None = None) -> None:
-        validation.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=validation.FLOATS)
-        validation.not_empty("lm_head_weight", lm_head_weight, vocabulary=0, hidden_size=1)
+        checks.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=checks.FLOATS)
+        checks.not_empty("lm_head_weight", lm_head_weight, vocabulary=0, hidden_size=1)
         check_vocab(vocab, lm_head_weight.shape[0], "lm_head_weight")
         if bias is not None:
-            validation.tensor("bias", bias, dtypes=[lm_head_weight.dtype])
-            validation.shape("bias", bias, (lm_head_weight.shape[0],), "one per row of lm_head_weight")
-            validation.same_device(lm_head_weight.device, bias=bias)
+            checks.tensor("bias", bias, dtypes=[lm_head_weight.dtype])
+            checks.shape("bias", bias, (lm_head_weight.shape[0],), "one per row of lm_head_weight")
+            checks.same_device(lm_head_weight.device, bias=bias)
         self.weight = lm_head_weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.vocab = None if vocab is None else vocab.to(self.weight.device)
@@ -58,14 +58,14 @@ class TargetHead:
 def check_is_vocab(vocab: Any) -> None:
     """`vocab` is None or a `DraftVocab`."""
     if vocab is not None and not isinstance(vocab, DraftVocab):
-        validation.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
+        checks.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
 
 
 def check_vocab(vocab: Any, size: int, name: str) -> None:
     """`vocab` is None, or a `DraftVocab` over `size` target tokens, as `name` has."""
     check_is_vocab(vocab)
     if vocab is not None and vocab.target_size != size:
-        validation.fail(
+        checks.fail(
             f"a DraftVocab over {size} target tokens, as {name} has",
             vocab,
             "Pad or trim t2d to the target's vocabulary.",

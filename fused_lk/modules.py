@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import validation
+from . import checks
 from .call import CHECKS
 from .losses import lk_loss
 from .metrics import LKOutput
@@ -46,10 +46,10 @@ class LKLoss(nn.Module):
         unknown = sorted(set(call_options) - set(CHECKS))
         if unknown:
             known = f"Known beside those of LKLoss itself: {', '.join(sorted(CHECKS))}; give inputs to the call."
-            validation.fail("options of lk_loss", ", ".join(unknown), known, TypeError)
+            checks.fail("options of lk_loss", ", ".join(unknown), known, TypeError)
         for name, value in call_options.items():
             CHECKS[name](value)
-        self.call_options = {name: validation.scalar(value) for name, value in call_options.items()}
+        self.call_options = {name: checks.scalar(value) for name, value in call_options.items()}
 
     def forward(
         self, draft_hidden: Tensor | Sequence[Tensor], draft_lm_head_weight: Tensor, target: Target, **inputs: Any

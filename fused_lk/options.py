@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import validation
+from . import checks
 from .objective import FIXED, OBJECTIVES, Mix, blend
 
 LAMBDA_PER = ("position", "token")
@@ -34,11 +34,11 @@ class LossOptions:
     denominator: float | Tensor | None = None
 
     def __post_init__(self) -> None:
-        validation.choice("objective", self.objective, OBJECTIVES)
-        validation.choice("lambda_per", self.lambda_per, LAMBDA_PER)
-        validation.choice("reduction", self.reduction, REDUCTIONS)
+        checks.choice("objective", self.objective, OBJECTIVES)
+        checks.choice("lambda_per", self.lambda_per, LAMBDA_PER)
+        checks.choice("reduction", self.reduction, REDUCTIONS)
         for name in ("eta", "position_decay", "kl_scale"):
-            self._keep(name, validation.number(name, getattr(self, name), minimum=0))
+            self._keep(name, checks.number(name, getattr(self, name), minimum=0))
         if self.kl_scale > 1:
             warnings.warn(
                 f"kl_scale={self.kl_scale:g} can make lambda exceed 1, where the TV term changes sign and acceptance "
@@ -46,21 +46,19 @@ class LossOptions:
                 stacklevel=4,
             )
         if isinstance(self.kl_weight, Tensor):
-            validation.tensor("kl_weight", self.kl_weight, dtypes=validation.FLOATS)
-            validation.non_negative("kl_weight", self.kl_weight)
+            checks.tensor("kl_weight", self.kl_weight, dtypes=checks.FLOATS)
+            checks.non_negative("kl_weight", self.kl_weight)
         elif self.kl_weight is not None:
-            self._keep("kl_weight", validation.number("kl_weight", self.kl_weight, minimum=0))
+            self._keep("kl_weight", checks.number("kl_weight", self.kl_weight, minimum=0))
         # A count of 0 would make the loss 0 without a word; a position without tokens adds 0 with any denominator.
         if isinstance(self.denominator, Tensor):
-            validation.tensor("denominator", self.denominator, dtypes=(*validation.FLOATS, *validation.INTEGERS))
-            validation.positive(
-                "denominator", self.denominator, "For counts that may be 0 use denominator.clamp(min=1)."
-            )
+            checks.tensor("denominator", self.denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS))
+            checks.positive("denominator", self.denominator, "For counts that may be 0 use denominator.clamp(min=1).")
         elif self.denominator is not None:
             remedy = "For a count that may be 0 use max(denominator, 1)."
-            self._keep("denominator", validation.number("denominator", self.denominator, above=0, remedy=remedy))
+            self._keep("denominator", checks.number("denominator", self.denominator, above=0, remedy=remedy))
         if self.kl_weight is not None and self.objective != "lambda":
-            validation.fail(
+            checks.fail(
                 'kl_weight with objective="lambda" only', f"objective={self.objective!r}", "Leave kl_weight out."
             )
 
@@ -98,6 +96,6 @@ def per_position(name: str, value: float | Tensor, num_positions: int, like: Ten
     value = value.detach()
     if value.ndim == 0:
         return value.to(like).expand(num_positions)
-    validation.shape(name, value, (num_positions,), "one per position")
-    validation.same_device(like.device, **{name: value})
+    checks.shape(name, value, (num_positions,), "one per position")
+    checks.same_device(like.device, **{name: value})
     return value.to(like.dtype)

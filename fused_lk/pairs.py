@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import validation
+from . import checks
 from .layout import Layout
 
 _IGNORED = torch.iinfo(torch.long).max
@@ -53,19 +53,19 @@ class Pairs:
         inputs = {"mask": mask, "target_rows": target_rows, "positions": positions}
         given = {name: x for name, x in inputs.items() if x is not None}
         for name, x in given.items():
-            dtypes = (*validation.MASKS, *validation.FLOATS) if name == "mask" else (torch.int64,)
-            validation.tensor(name, x, dtypes=dtypes)
+            dtypes = (*checks.MASKS, *checks.FLOATS) if name == "mask" else (torch.int64,)
+            checks.tensor(name, x, dtypes=dtypes)
         first, like = next(iter(given.items()), ("", torch.empty(0)))
         for name, x in given.items():
-            validation.shape(name, x, tuple(like.shape), f"the shape of {first}")
-            validation.same_device(like.device, **{name: x})
+            checks.shape(name, x, tuple(like.shape), f"the shape of {first}")
+            checks.same_device(like.device, **{name: x})
         if positions is not None and num_positions is None:
-            validation.fail(
+            checks.fail(
                 "num_positions with positions", "positions alone", "Pass num_positions, the number of draft positions."
             )
-        num_positions = 1 if num_positions is None else validation.integer("num_positions", num_positions)
+        num_positions = 1 if num_positions is None else checks.integer("num_positions", num_positions)
         if positions is None and num_positions > 1:
-            validation.fail(
+            checks.fail(
                 "positions with num_positions > 1", "num_positions alone", "Pass the position of each row, or a list."
             )
 
@@ -73,7 +73,7 @@ class Pairs:
         self.shape = tuple(like.shape) if given else None
         self.device = like.device if given else None
         self.is_identity = mask is None and target_rows is None
-        self.skip_masked = validation.flag("skip_masked", skip_masked)
+        self.skip_masked = checks.flag("skip_masked", skip_masked)
         self._names_targets = target_rows is not None  # then the target may have more rows than the draft
         flat = {name: x.detach().reshape(-1) for name, x in given.items()}
         mask, target_rows, positions = (flat.get(name) for name in ("mask", "target_rows", "positions"))
@@ -116,7 +116,7 @@ class Pairs:
             TypeError, ValueError: wrong types, shapes, devices or sizes.
         """
         _check_tokens(loss_mask, sequence_ids)
-        steps, shift = validation.integer("steps", steps), validation.integer("shift", shift, minimum=0)
+        steps, shift = checks.integer("steps", steps), checks.integer("shift", shift, minimum=0)
         batch, length = loss_mask.shape
         step, sequence, own = torch.meshgrid(
             *(torch.arange(n, device=loss_mask.device) for n in (steps, batch, length)), indexing="ij"
@@ -153,13 +153,13 @@ class Pairs:
             TypeError, ValueError: wrong types, shapes, devices or sizes; anchors outside `[-1, S)`.
         """
         _check_tokens(loss_mask, sequence_ids)
-        block_size = validation.integer("block_size", block_size)
+        block_size = checks.integer("block_size", block_size)
         batch, length = loss_mask.shape
-        validation.tensor("anchors", anchors, ndim=2, dtypes=[torch.int64])
-        validation.shape("anchors", anchors, (batch, anchors.shape[1]), "a row for each row of loss_mask")
-        validation.same_device(loss_mask.device, anchors=anchors)
-        if validation.checks_contents(anchors) and bool(((anchors < -1) | (anchors >= length)).any()):
-            validation.fail(f"anchors in [-1, {length})", "an entry outside", "They are rows of loss_mask; -1: none.")
+        checks.tensor("anchors", anchors, ndim=2, dtypes=[torch.int64])
+        checks.shape("anchors", anchors, (batch, anchors.shape[1]), "a row for each row of loss_mask")
+        checks.same_device(loss_mask.device, anchors=anchors)
+        if checks.checks_contents(anchors) and bool(((anchors < -1) | (anchors >= length)).any()):
+            checks.fail(f"anchors in [-1, {length})", "an entry outside", "They are rows of loss_mask; -1: none.")
         sequence, block, element = torch.meshgrid(
             *(torch.arange(n, device=anchors.device) for n in (batch, anchors.shape[1], block_size)), indexing="ij"
         )
@@ -263,20 +263,20 @@ class Pairs:
     def _check_where_read(self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None) -> None:
         """Refuse wrong contents where nothing else reads them."""
         first = next((x for x in (mask, target_rows, positions) if x is not None), None)
-        if first is not None and validation.checks_contents(first):
+        if first is not None and checks.checks_contents(first):
             self._refuse(self._bad(mask, target_rows, positions).cpu().numpy(), mask)
 
     def _refuse(self, bad: np.ndarray, mask: Tensor | None) -> None:
         if bad[0] and mask is not None and not mask.is_floating_point():
-            validation.fail("an integer mask of 0 and 1", "another entry", "Pass mask > 0, or weights as floats.")
+            checks.fail("an integer mask of 0 and 1", "another entry", "Pass mask > 0, or weights as floats.")
         if bad[0]:
-            validation.fail(
+            checks.fail(
                 "mask weights that are finite and >= 0", "a negative, infinite or NaN weight", "Use 0 to ignore."
             )
         if bad[1]:
-            validation.fail("target_rows >= -1", "an entry below -1", "Use -1 to ignore a row.")
+            checks.fail("target_rows >= -1", "an entry below -1", "Use -1 to ignore a row.")
         if bad[2]:
-            validation.fail(
+            checks.fail(
                 f"positions in [0, {self.num_positions})",
                 "an entry outside",
                 "Positions are 0-based; check num_positions.",
@@ -322,7 +322,7 @@ class Pairs:
                 the target's own mask.
         """
         if self.target_rows is None and not self._names_targets and num_rows != num_targets:
-            validation.fail(
+            checks.fail(
                 f"as many target rows as draft rows ({num_rows}) without target_rows",
                 f"{num_targets} target rows",
                 "Pass target_rows: for each draft row, the row of the flattened target.",
@@ -331,13 +331,13 @@ class Pairs:
             return
         used = self._used_targets(num_rows)
         if len(used) and used.max() >= num_targets:
-            validation.fail(
+            checks.fail(
                 f"target_rows below {num_targets}, the number of rows of the flattened target",
                 f"a target row {int(used.max())}",
                 "Use -1 for rows that have no target.",
             )
         if computed is not None and not computed[used].all():
-            validation.fail(
+            checks.fail(
                 "every supervised pair's target row inside the target's own mask",
                 f"{int((~computed[used]).sum())} pair(s) outside",
                 "Pass Target.from_hidden a mask that covers them.",
@@ -349,7 +349,7 @@ class Pairs:
             return self._host_targets
         if self.valid is None:
             return np.arange(num_rows)
-        if not validation.checks_contents(self.valid):
+        if not checks.checks_contents(self.valid):
             return np.arange(0)
         rows = torch.arange(num_rows, device=self.device) if self.target_rows is None else self.target_rows
         return rows[self.valid].cpu().numpy()
@@ -379,8 +379,8 @@ class Pairs:
 
 
 def _check_tokens(loss_mask: Tensor, sequence_ids: Tensor | None) -> None:
-    validation.tensor("loss_mask", loss_mask, ndim=2, dtypes=(*validation.MASKS, *validation.FLOATS))
+    checks.tensor("loss_mask", loss_mask, ndim=2, dtypes=(*checks.MASKS, *checks.FLOATS))
     if sequence_ids is not None:
-        validation.tensor("sequence_ids", sequence_ids, dtypes=[torch.int64])
-        validation.shape("sequence_ids", sequence_ids, tuple(loss_mask.shape), "one per row of loss_mask")
-        validation.same_device(loss_mask.device, sequence_ids=sequence_ids)
+        checks.tensor("sequence_ids", sequence_ids, dtypes=[torch.int64])
+        checks.shape("sequence_ids", sequence_ids, tuple(loss_mask.shape), "one per row of loss_mask")
+        checks.same_device(loss_mask.device, sequence_ids=sequence_ids)

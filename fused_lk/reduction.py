@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import validation
+from . import checks
 from .autograd import PairResults
 from .call import Call
 from .engine import engine
@@ -52,7 +52,7 @@ class Reduction:
     def _given_kl_weight(self, given: float | Tensor) -> Tensor:
         """`[P]`, from a float, `[K]`, or one per token."""
         if isinstance(given, Tensor) and given.shape != (self.num_positions,) and given.shape == self.request.shape:
-            validation.same_device(self.request.device, kl_weight=given)
+            checks.same_device(self.request.device, kl_weight=given)
             of_pair = self.layout.per_pair(owned(given.detach()).reshape(-1)).to(self.weights)
             return of_pair if self.layout.valid is None else torch.where(self.layout.valid, of_pair, 0)
         return self.of_pair(owned(per_position("kl_weight", given, self.num_positions, self.weights)))

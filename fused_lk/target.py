@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import plan, target_pass, validation
-from .autocast import compute_dtype
+from . import checks, target_pass
+from .gemm import compute_dtype
 from .head import TargetHead, check_is_vocab, check_vocab
 from .layout import Layout
 from .rows.interface import IMPLS, NEG_INF, Normalizer
@@ -55,8 +55,8 @@ class Target:
         self._owned: Target | None = None
         self._take(tiles)
         self.shape, self.vocab = tuple(shape), vocab
-        self.temperature = validation.number("temperature", temperature, above=0)
-        self.renormalize = validation.flag("renormalize", renormalize)
+        self.temperature = checks.number("temperature", temperature, above=0)
+        self.renormalize = checks.flag("renormalize", renormalize)
         self.computed: np.ndarray | None = None  # host bool [num_tokens]: the rows that `mask` left in; None: all
         # What a walk takes, flat. None: p is the softmax of the tile; the argmax is not known, or that of the tile.
         self._normalizer: Normalizer | None = None
@@ -124,42 +124,42 @@ class Target:
         Raises:
             TypeError, ValueError: wrong types, ranks, sizes, devices; `hidden` that requires grad.
         """
-        validation.choice("impl", impl, IMPLS)
-        plan.workspace_bytes(workspace_mb)
-        cache = validation.flag("cache", cache)
+        checks.choice("impl", impl, IMPLS)
+        checks.workspace_bytes(workspace_mb)
+        cache = checks.flag("cache", cache)
         if isinstance(head, Tensor):
             head = TargetHead(head, vocab, bias)
         elif not isinstance(head, TargetHead):
-            remedy = validation.instead(head, "Build TargetHead(weight, vocab).")
-            validation.fail("head to be a TargetHead or a weight tensor", head, remedy, TypeError)
+            remedy = checks.instead(head, "Build TargetHead(weight, vocab).")
+            checks.fail("head to be a TargetHead or a weight tensor", head, remedy, TypeError)
         elif vocab is not None or bias is not None:
-            validation.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
-        validation.tensor("hidden", hidden, min_ndim=1, dtypes=validation.FLOATS)
-        validation.is_constant("hidden", hidden)
-        validation.same_device(head.weight.device, hidden=hidden)
+            checks.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
+        checks.tensor("hidden", hidden, min_ndim=1, dtypes=checks.FLOATS)
+        checks.is_constant("hidden", hidden)
+        checks.same_device(head.weight.device, hidden=hidden)
         head, hidden = head.in_compute_dtype(), hidden.to(compute_dtype(hidden))
-        validation.tensor("hidden", hidden, dtypes=[head.weight.dtype])
+        checks.tensor("hidden", hidden, dtypes=[head.weight.dtype])
         if hidden.shape[-1] != head.weight.shape[1]:
-            validation.fail(
+            checks.fail(
                 f"hidden with last dimension {head.weight.shape[1]}, the hidden size of the target head",
                 hidden,
                 "Check that hidden states and head belong to one model.",
             )
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
-        exact = validation.wide_logits(logits_dtype) is not None
+        exact = checks.wide_logits(logits_dtype) is not None
         tiles = (ExactHiddenTiles if exact else HiddenTiles)(rows, head.draft_weight, head.draft_bias)
         target = Target(tiles, hidden.shape[:-1], head.vocab, temperature, renormalize)
         target._given(log_normalizer, token_ids)
         flat_mask = None
         if mask is not None:
-            validation.tensor("mask", mask, dtypes=validation.MASKS, remedy="Target masks are bool: True = computed.")
-            validation.shape("mask", mask, target.shape, "one per row of hidden")
-            validation.same_device(hidden.device, mask=mask)
-            flat_mask = validation.as_bool("mask", mask).reshape(-1)
+            checks.tensor("mask", mask, dtypes=checks.MASKS, remedy="Target masks are bool: True = computed.")
+            checks.shape("mask", mask, target.shape, "one per row of hidden")
+            checks.same_device(hidden.device, mask=mask)
+            flat_mask = checks.as_bool("mask", mask).reshape(-1)
             if not torch.compiler.is_compiling():
                 target.computed = flat_mask.cpu().numpy().copy()
-        validation.finite_rows("hidden", rows, counted=flat_mask)
-        budget = plan.workspace_bytes(workspace_mb)
+        checks.finite_rows("hidden", rows, counted=flat_mask)
+        budget = checks.workspace_bytes(workspace_mb)
         t2d, ids = (None, None) if head.vocab is None else (head.vocab.t2d, head.vocab.target_ids)
         scale = 1.0 / target.temperature
         # A partial, not a closure: it is pickled and copied with the target.
@@ -190,11 +190,11 @@ class Target:
 
         Over a shared vocabulary (`vocab=None`) they are the draft vocabulary's logits already.
         """
-        validation.choice("impl", impl, IMPLS)
-        validation.tensor("logits", logits, min_ndim=1, dtypes=validation.FLOATS)
-        validation.is_constant("logits", logits)
-        validation.not_empty("logits", logits, vocabulary=-1)
-        validation.finite_rows("logits", logits, logits=True)
+        checks.choice("impl", impl, IMPLS)
+        checks.tensor("logits", logits, min_ndim=1, dtypes=checks.FLOATS)
+        checks.is_constant("logits", logits)
+        checks.not_empty("logits", logits, vocabulary=-1)
+        checks.finite_rows("logits", logits, logits=True)
         check_vocab(vocab, logits.shape[-1], "logits")
         vocab = None if vocab is None else vocab.to(logits.device)
         rows = logits.detach().reshape(-1, logits.shape[-1])
@@ -223,21 +223,19 @@ class Target:
         target's argmax as target ids, -1 where it is not known; without it, the argmax on the draft vocabulary stands
         in.
         """
-        validation.tensor("probs", probs, min_ndim=1, dtypes=validation.FLOATS)
-        validation.is_constant("probs", probs)
-        validation.not_empty("probs", probs, vocabulary=-1)
+        checks.tensor("probs", probs, min_ndim=1, dtypes=checks.FLOATS)
+        checks.is_constant("probs", probs)
+        checks.not_empty("probs", probs, vocabulary=-1)
         check_is_vocab(vocab)
         if vocab is not None and probs.shape[-1] != vocab.draft_size:
-            validation.fail(
+            checks.fail(
                 f"probs with last dimension {vocab.draft_size}, the draft vocabulary",
                 probs,
                 "Select probs[..., vocab.t2d].",
             )
         _refuse_temperature(temperature)
-        if validation.checks_contents(probs, only_if_asked=True):
-            validation.all_rows(
-                "probs", _are_probs(probs.amin(-1) >= 0, probs), "of entries >= 0 that sum to at most 1"
-            )
+        if checks.checks_contents(probs, only_if_asked=True):
+            checks.all_rows("probs", _are_probs(probs.amin(-1) >= 0, probs), "of entries >= 0 that sum to at most 1")
         tiles = ProbsTiles(probs.detach().reshape(-1, probs.shape[-1]))
         vocab = None if vocab is None else vocab.to(probs.device)
         target = Target(tiles, probs.shape[:-1], vocab, renormalize=renormalize)
@@ -265,28 +263,28 @@ class Target:
             ValueError: ids outside the target vocabulary, or twice in one row (on a device only with
                 FUSED_LK_VALIDATE=1: reading them synchronises).
         """
-        validation.tensor("token_ids", token_ids, min_ndim=1, dtypes=[torch.int64, torch.int32])
-        validation.tensor("log_probs", log_probs, min_ndim=1, dtypes=validation.FLOATS)
-        validation.shape("log_probs", log_probs, tuple(token_ids.shape), "the shape of token_ids")
-        validation.same_device(token_ids.device, log_probs=log_probs)
-        validation.is_constant("log_probs", log_probs)
+        checks.tensor("token_ids", token_ids, min_ndim=1, dtypes=[torch.int64, torch.int32])
+        checks.tensor("log_probs", log_probs, min_ndim=1, dtypes=checks.FLOATS)
+        checks.shape("log_probs", log_probs, tuple(token_ids.shape), "the shape of token_ids")
+        checks.same_device(token_ids.device, log_probs=log_probs)
+        checks.is_constant("log_probs", log_probs)
         _refuse_temperature(temperature)
         if not isinstance(vocab, DraftVocab):
             expected = "vocab to be a DraftVocab, or the size of a shared vocabulary (a positive int)"
-            vocab = validation.integer("vocab", vocab, expected=expected, remedy="Pass DraftVocab(t2d), or the size.")
+            vocab = checks.integer("vocab", vocab, expected=expected, remedy="Pass DraftVocab(t2d), or the size.")
         if token_ids.shape[-1] == 0:
-            validation.fail("at least one token per row", token_ids, "Pass the target's k >= 1 best tokens.")
+            checks.fail("at least one token per row", token_ids, "Pass the target's k >= 1 best tokens.")
         size = vocab if isinstance(vocab, int) else vocab.target_size
-        if validation.checks_contents(token_ids):
+        if checks.checks_contents(token_ids):
             ordered = token_ids.long().sort(-1).values
             bad = torch.stack([((ordered < 0) | (ordered >= size)).any(), (ordered.diff(dim=-1) == 0).any()]).tolist()
             if bad[0]:
-                validation.fail(f"token_ids in [0, {size})", "ids outside", "They are ids of the target vocabulary.")
+                checks.fail(f"token_ids in [0, {size})", "ids outside", "They are ids of the target vocabulary.")
             if bad[1]:
-                validation.fail("each token id once per row", "a repeated id", "Merge or drop repeated entries.")
-        if validation.checks_contents(log_probs, only_if_asked=True):
+                checks.fail("each token id once per row", "a repeated id", "Merge or drop repeated entries.")
+        if checks.checks_contents(log_probs, only_if_asked=True):
             good = _are_probs(log_probs.amax(-1) <= 1e-3, log_probs.exp())
-            validation.all_rows("log_probs", good, "of entries <= 0 whose exponentials sum to at most 1")
+            checks.all_rows("log_probs", good, "of entries <= 0 whose exponentials sum to at most 1")
         draft_vocab = None if isinstance(vocab, int) else vocab.to(token_ids.device)
         ids = token_ids.reshape(-1, token_ids.shape[-1]).long()
         rows = log_probs.detach().reshape(ids.shape)
@@ -395,21 +393,21 @@ class Target:
 
     def _given(self, log_normalizer: Tensor | None, token_ids: Tensor | None) -> None:
         for name, value, dtypes in (
-            ("log_normalizer", log_normalizer, validation.FLOATS),
+            ("log_normalizer", log_normalizer, checks.FLOATS),
             ("token_ids", token_ids, (torch.int64,)),
         ):
             if value is not None:
-                validation.tensor(name, value, dtypes=dtypes)
-                validation.shape(name, value, self.shape, "one per row of the target")
-                validation.same_device(self.device, **{name: value})
-                validation.is_constant(name, value)
+                checks.tensor(name, value, dtypes=dtypes)
+                checks.shape(name, value, self.shape, "one per row of the target")
+                checks.same_device(self.device, **{name: value})
+                checks.is_constant(name, value)
         if log_normalizer is not None:
             rounding = max(torch.finfo(x).eps for x in (self.dtype, log_normalizer.dtype))
             self._normalizer = Normalizer(log_normalizer.reshape(-1), False, rounding)
         if token_ids is not None:
             size = self.draft_vocab_size if self.vocab is None else self.vocab.target_size
-            if validation.checks_contents(token_ids) and bool(((token_ids < -1) | (token_ids >= size)).any()):
-                validation.fail(
+            if checks.checks_contents(token_ids) and bool(((token_ids < -1) | (token_ids >= size)).any()):
+                checks.fail(
                     f"token_ids in [-1, {size}), ids of the target vocabulary",
                     "an id outside",
                     "Use -1 where the argmax is not known; give vocab where the target's vocabulary is the larger.",
@@ -434,8 +432,8 @@ def _are_probs(in_range: Tensor, probs: Tensor) -> Tensor:
 
 
 def _refuse_temperature(temperature: float) -> None:
-    if validation.number("temperature", temperature, above=0) != 1.0:
-        validation.fail(
+    if checks.number("temperature", temperature, above=0) != 1.0:
+        checks.fail(
             "temperature=1 with probabilities or top-k",
             f"temperature={temperature}",
             "Probabilities cannot be retempered; use from_logits or from_hidden.",

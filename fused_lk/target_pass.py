@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import gemm, plan
+from . import gemm
 from .opaque import opaque
 from .rows.interface import accumulation_dtype, row_ops
-from .workspace import Tile, row_stride
 
 Found = tuple[Tensor, Tensor]  # logsumexp and argmax, [N] each; the lowest index where it is not unique
 
@@ -84,12 +83,12 @@ def stream_hidden(
     dtype = _logits_dtype(hidden, exact)
     cached = _cache(hidden, weight, cached_ids, cache, dtype)
     ops = row_ops(impl, hidden.device)
-    step = plan.target_rows(size, count, dtype.itemsize, hidden.device, budget)
-    tile = Tile(step, size, dtype, hidden.device)
+    step = gemm.rows_of_a_tile(size, count, dtype.itemsize, hidden.device, budget)
+    tile = gemm.tile(step, size, dtype, hidden.device)
     for start in range(0, count, step):
         stop = min(start + step, count)
         at = slice(start, stop) if rows is None else rows[start:stop]
-        logits = tile.view(stop - start, size)
+        logits = tile[: stop - start]
         gemm.linear_into(logits, hidden[at], weight, bias)
         found = [torch.empty_like(x[start:stop]) for x in (lse, log_mass, argmax)]
         ops.lse_argmax(logits, scale, t2d, found[0], None if t2d is None else found[1], found[2])
@@ -136,4 +135,4 @@ def _logits_dtype(hidden: Tensor, exact: bool) -> torch.dtype:
 def _cache(hidden: Tensor, weight: Tensor, ids: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
     columns = weight.shape[0] if ids is None else ids.shape[0]
     rows = hidden.shape[0] if wanted else 0
-    return hidden.new_zeros(rows, row_stride(columns), dtype=dtype)[:, :columns]
+    return hidden.new_zeros(rows, gemm.row_stride(columns), dtype=dtype)[:, :columns]

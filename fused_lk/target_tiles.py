@@ -16,7 +16,6 @@ from torch import Tensor
 from . import gemm
 from .layout import Chunk, Layout
 from .rows.interface import NEG_INF, accumulation_dtype
-from .workspace import Tile
 
 
 class TargetTiles:
@@ -41,7 +40,7 @@ class TargetTiles:
         """Whether the caller holds the tile's contents already, so that no workspace is needed."""
         return False
 
-    def fill(self, layout: Layout, chunk: Chunk, columns: slice, tile: Tile | None) -> tuple[Tensor, Tensor | None]:
+    def fill(self, layout: Layout, chunk: Chunk, columns: slice, tile: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`(t, index)`: logits `[rows, columns]`, and for each pair of the chunk its row in them (None: in order).
 
         Without a tile, `t` is a view of what the caller holds.
@@ -52,7 +51,7 @@ class TargetTiles:
                 return self.view(chunk.targets, columns), None
             return self.view(slice(None), columns), layout.target_rows[pairs]
         rows = chunk.targets if layout.unique_targets is None else layout.unique_targets[chunk.targets]
-        t = tile.view(chunk.num_targets, columns.stop - columns.start)
+        t = tile[: chunk.num_targets, : columns.stop - columns.start]
         self.write(t, rows, columns)
         if layout.valid is not None:
             # Ignored rows that are kept for shape have no answer: their gradient is 0, whatever else they meet.

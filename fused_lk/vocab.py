@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import validation
+from . import checks
 
 
 class DraftVocab:
@@ -31,7 +31,7 @@ class DraftVocab:
     """
 
     def __init__(self, t2d: Tensor, d2t: Tensor | None = None) -> None:
-        validation.tensor(
+        checks.tensor(
             "t2d",
             t2d,
             dtypes=[torch.bool],
@@ -40,11 +40,11 @@ class DraftVocab:
         )
         target_ids = t2d.detach().nonzero().squeeze(-1)
         if target_ids.numel() == 0:
-            validation.fail("t2d to keep at least one token", t2d, "An all-False mask leaves nothing to propose.")
+            checks.fail("t2d to keep at least one token", t2d, "An all-False mask leaves nothing to propose.")
         if d2t is not None:
             other = DraftVocab.from_d2t(d2t, t2d.shape[0])
             if not torch.equal(other.target_ids.to(target_ids.device), target_ids):
-                validation.fail(
+                checks.fail(
                     "d2t to name exactly the tokens that t2d keeps, in increasing order",
                     d2t,
                     "Take both from the same checkpoint; d2t[i] is an offset: target id = i + d2t[i].",
@@ -58,20 +58,20 @@ class DraftVocab:
         Raises:
             ValueError: an id outside `[0, target_size)`, or two draft tokens with one target id.
         """
-        validation.tensor("d2t", d2t, dtypes=[torch.int64, torch.int32], ndim=1)
-        target_size = validation.integer("target_size", target_size, remedy="Pass the target's vocabulary size.")
+        checks.tensor("d2t", d2t, dtypes=[torch.int64, torch.int32], ndim=1)
+        target_size = checks.integer("target_size", target_size, remedy="Pass the target's vocabulary size.")
         target_ids = torch.arange(d2t.shape[0], device=d2t.device) + d2t.detach().long()
         if target_ids.numel() == 0:
-            validation.fail("d2t with at least one token", d2t, "An empty draft vocabulary proposes nothing.")
+            checks.fail("d2t with at least one token", d2t, "An empty draft vocabulary proposes nothing.")
         low, high, distinct = int(target_ids.min()), int(target_ids.max()), target_ids.unique().numel()
         if low < 0 or high >= target_size:
-            validation.fail(
+            checks.fail(
                 f"draft id + d2t[draft id] in [0, {target_size})",
                 f"target ids from {low} to {high}",
                 "d2t holds offsets, not target ids; for target ids subtract torch.arange(len(d2t)).",
             )
         if distinct != target_ids.numel():
-            validation.fail(
+            checks.fail(
                 "one target id per draft token",
                 f"{target_ids.numel() - distinct} repeated target id(s)",
                 "d2t holds offsets, not target ids; for target ids subtract torch.arange(len(d2t)).",

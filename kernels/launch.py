@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from fused_lk import validation
+from fused_lk import checks
 from fused_lk.rows.interface import (
     EXCESS,
     Coefficients,
@@ -86,7 +86,7 @@ def check_device(device: torch.device) -> None:
     remedy = 'Use impl="torch"'
     if device.type == "cpu":
         remedy += ", or set TRITON_INTERPRET=1 before Triton is imported to run the kernels in its interpreter (slow)"
-    validation.fail('a GPU (CUDA, ROCm, XPU) for impl="triton"', f"tensors on {device}", remedy + ".")
+    checks.fail('a GPU (CUDA, ROCm, XPU) for impl="triton"', f"tensors on {device}", remedy + ".")
 
 
 def lse_argmax(

@@ -110,7 +110,7 @@ def test_row_offsets_are_64_bits_wide(arch):
 
 
 def tile(rows, size, dtype=BF16):
-    return report.Tile(rows, size, dtype, torch.device("cpu")).view(rows, size)
+    return report.gemm.tile(rows, size, dtype, torch.device("cpu"))
 
 
 def launch_all(n, size, at=0):

@@ -9,7 +9,7 @@ from problems import assert_outputs_agree, make_problem
 from refusals import INF, NAN, Given, H, K, N, V, from_hidden, meta, refuse
 
 import fused_lk
-from fused_lk import DraftVocab, LKLoss, Pairs, Target, validation
+from fused_lk import DraftVocab, LKLoss, Pairs, Target, checks
 from fused_lk.options import LossOptions
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -249,18 +249,18 @@ def test_where_contents_are_read(monkeypatch):
     """In host memory, or anywhere if asked; a meta tensor stands for one on a device."""
     monkeypatch.delenv("FUSED_LK_VALIDATE", raising=False)
     host, device = torch.ones(2), meta(2)
-    assert validation.checks_contents(host)
-    assert validation.checks_contents(torch.nn.Parameter(host))
-    assert not validation.checks_contents(host, only_if_asked=True)
-    assert not validation.checks_contents(device)
+    assert checks.checks_contents(host)
+    assert checks.checks_contents(torch.nn.Parameter(host))
+    assert not checks.checks_contents(host, only_if_asked=True)
+    assert not checks.checks_contents(device)
     monkeypatch.setenv("FUSED_LK_VALIDATE", "1")
-    assert validation.checks_contents(device)
-    assert validation.checks_contents(host, only_if_asked=True)
+    assert checks.checks_contents(device)
+    assert checks.checks_contents(host, only_if_asked=True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not validation.checks_contents(host)
+    assert not checks.checks_contents(host)
     monkeypatch.setenv("FUSED_LK_VALIDATE", "0")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
-    assert not validation.checks_contents(device)
+    assert not checks.checks_contents(device)
 
 
 def spoilt(x, value, row=2):

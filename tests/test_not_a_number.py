@@ -121,7 +121,7 @@ def test_targets_that_are_no_probabilities(name, impl, monkeypatch):
                 with pytest.raises(ValueError, match=r"sum to at most 1 .* 1 row\(s\)"):
                     run(z, target, objective, impl, **options)
                 with monkeypatch.context() as patched:  # as on a device, where nothing is read
-                    patched.setattr("fused_lk.validation.checks_contents", lambda *_, **__: False)
+                    patched.setattr("fused_lk.checks.checks_contents", lambda *_, **__: False)
                     out, gradient = run(z, target, objective, impl, **options)
             else:
                 out, gradient = run(z, target, objective, impl, **options)

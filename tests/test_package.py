@@ -114,7 +114,7 @@ def test_what_stands_alone():
         every = GRAPH[name] | DEFERRED[name]
         inside = name.split(".")[0]
         if inside == "kernels":
-            assert {x for x in every if not x.startswith("kernels")} <= {"rows.interface", "validation"}, name
+            assert {x for x in every if not x.startswith("kernels")} <= {"rows.interface", "checks"}, name
         elif inside != "integrations":
             assert not {x for x in every if x.startswith("integrations")}, name
             assert not {x for x in GRAPH[name] if x.startswith("kernels")}, f"{name} needs Triton to be imported"

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import validation
+from .. import checks
 
 
 def require_version(package: str, supported: tuple[str, ...]) -> None:
@@ -30,7 +30,7 @@ def require_version(package: str, supported: tuple[str, ...]) -> None:
         installed = None
     if installed not in supported:
         names = " or ".join(f"{package}=={version}" for version in supported)
-        validation.fail(
+        checks.fail(
             names,
             f"{package} {installed}" if installed else f"no installed {package}",
             f"Install {names}; or use fused_lk's own functions, which need no trainer. Nothing was changed.",
@@ -46,7 +46,7 @@ def require_names(function: FunctionType, *names: str) -> None:
     """
     missing = [name for name in names if name not in function.__code__.co_names]
     if missing:
-        validation.fail(
+        checks.fail(
             f"{function.__qualname__} that uses {', '.join(names)}, as published",
             f"one without {', '.join(missing)}",
             "Undo local changes to the trainer, or call fused_lk.lk_loss from them directly. Nothing was changed.",
@@ -61,7 +61,7 @@ def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: s
         TypeError: another class, an override, or an instance attribute of that name.
     """
     if not isinstance(model, published):
-        validation.fail(
+        checks.fail(
             f"an instance of {published.__module__}.{published.__qualname__}",
             f"{type(model).__module__}.{type(model).__qualname__}",
             "Pass the training model itself, before it is wrapped.",
@@ -70,7 +70,7 @@ def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: s
     for name in methods:
         own = name in vars(model) and not _is_ours(vars(model)[name])
         if own or getattr(type(model), name) is not getattr(published, name):
-            validation.fail(
+            checks.fail(
                 f"{published.__qualname__}.{name} as published",
                 f"a replacement of it in {type(model).__qualname__}, or on the instance",
                 "Undo it, or call fused_lk.lk_loss from it directly. Nothing was changed.",
@@ -143,7 +143,7 @@ def linear_head(name: str, head: Any) -> nn.Linear:
     """
     hooks = head._forward_hooks or head._forward_pre_hooks
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or hooks:
-        validation.fail(
+        checks.fail(
             f"{name} to be a torch.nn.Linear without forward hooks",
             f"{type(head).__qualname__}{' with forward hooks' if hooks else ''}",
             "Its logits never exist, so nothing can run on them; merge adapters into the weight, or do not apply.",

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import validation
+from .. import checks
 
 NEG_INF = float("-inf")
 EXCESS = 0.01  # in log: what a sum of probabilities may exceed 1 by, beside the rounding of its terms
@@ -149,7 +149,7 @@ def row_ops(impl: str, device: torch.device) -> ModuleType:
     Raises:
         ValueError: an unknown name; "triton" where Triton is not installed, or cannot run on `device`.
     """
-    validation.choice("impl", impl, IMPLS)
+    checks.choice("impl", impl, IMPLS)
     if impl == "auto":
         impl = "triton" if device.type in ("cuda", "xpu") and _triton_installed() else "torch"
     if impl in ("torch", "reference"):
@@ -157,7 +157,7 @@ def row_ops(impl: str, device: torch.device) -> ModuleType:
 
         return plain
     if not _triton_installed():
-        validation.fail(
+        checks.fail(
             'impl="triton" with Triton installed', "no module named triton", 'Install triton, or use impl="torch".'
         )
     from ..kernels import launch

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import validation
+from ... import checks
 from ...head import TargetHead
 from ...losses import lk_divergences
 from ...metrics import Divergences
@@ -58,7 +58,7 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto")
     The draft model's `t2d` and `d2t` must agree (ValueError in the forward); they may be loaded after this call.
     """
     seams.require_version("specforge", SUPPORTED)
-    validation.choice("impl", impl, ("auto", "triton", "torch", "reference"))
+    checks.choice("impl", impl, ("auto", "triton", "torch", "reference"))
     from specforge.algorithms.eagle3.model import OnlineEagle3Model
 
     seams.require_unmodified(model, OnlineEagle3Model, "forward", "_acc_and_loss")
@@ -153,7 +153,7 @@ class _Step:
         head = _Identity()
         out = seams.shadow(self.draft, lm_head=head).compute_logits(hidden_states)
         if out is not head.given:
-            validation.fail(
+            checks.fail(
                 "compute_logits to return what lm_head gives",
                 f"{type(self.draft).__qualname__}.compute_logits, which changes it",
                 "Logits never exist here; express the change in the head's weight, or do not apply.",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import validation
+from ... import checks
 from ...losses import lk_divergences_from_logits
 from ...metrics import Divergences
 from ...target import Target
@@ -29,7 +29,7 @@ def expected_acceptance_rate(target_probs: Tensor, draft_probs: Tensor) -> Tenso
     Raises:
         ValueError: two different shapes.
     """
-    validation.shape("draft_probs", draft_probs, tuple(target_probs.shape), "the shape of target_probs")
+    checks.shape("draft_probs", draft_probs, tuple(target_probs.shape), "the shape of target_probs")
     return torch.minimum(target_probs, draft_probs).sum(dim=-1)
 
 
@@ -76,7 +76,7 @@ def compute_lk_loss(
     Raises:
         ValueError: another `lk_loss_type`.
     """
-    validation.choice("lk_loss_type", lk_loss_type, LK_LOSS_TYPES)
+    checks.choice("lk_loss_type", lk_loss_type, LK_LOSS_TYPES)
     if lk_loss_type == "alpha":
         return -log_acceptance_rate
     weight = kl_scale * torch.exp(-kl_decay * acceptance_rate.detach())

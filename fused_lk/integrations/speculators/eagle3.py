@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import validation
+from ... import checks
 from ...losses import lk_divergences
 from ...metrics import Divergences
 from ...pairs import Pairs
@@ -59,7 +59,7 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto")
     The forward raises ValueError for a loss that is none of the four.
     """
     seams.require_version("speculators", losses.SUPPORTED)
-    validation.choice("impl", impl, ("auto", "triton", "torch", "reference"))
+    checks.choice("impl", impl, ("auto", "triton", "torch", "reference"))
     from speculators.models.eagle3.core import Eagle3DraftModel
 
     published = Eagle3DraftModel.forward
@@ -210,7 +210,7 @@ def _terms(loss_config: dict[str, tuple[Callable[..., Tensor], float]] | None) -
     known = _known_losses()
     unknown = [name for name, (loss, _) in loss_config.items() if loss not in known]
     if unknown:
-        validation.fail(
+        checks.fail(
             f"losses among {', '.join(_TERMS)}, from resolve_loss_config",
             f"{', '.join(unknown)}",
             "unapply(model) to train on others; register() speeds up those of the four that are in the mix.",

@@ -217,3 +217,12 @@ def wide_logits(logits_dtype: str | torch.dtype) -> torch.dtype | None:
     if logits_dtype not in ("compute", torch.float32):
         fail('logits_dtype to be "compute" or torch.float32', logits_dtype, "Choose one of these.")
     return None if logits_dtype == "compute" else torch.float32
+
+
+def workspace_bytes(workspace_mb: float | str) -> int | None:
+    """The bound in bytes; None for "auto"."""
+    if isinstance(workspace_mb, str):
+        if workspace_mb == "auto":
+            return None
+        fail('workspace_mb to be "auto" or a number', workspace_mb, "Pass a size in MiB.", TypeError)
+    return int(number("workspace_mb", workspace_mb, above=0) * 2**20)
