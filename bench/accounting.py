@@ -130,7 +130,7 @@ class Accounting(TorchDispatchMode):
                 self._add(x, str(func))
         if self.live_bytes > self.peak:
             self.peak = self.live_bytes
-            self.at_peak = tuple(self._live.values())
+            self.at_peak = tuple(self._live.copy().values())  # a copy, because garbage collection may drop entries
         return out
 
     def _add(self, x: Tensor, made_by: str) -> None:
@@ -144,17 +144,13 @@ class Accounting(TorchDispatchMode):
         del self._watchers[at]
 
 
-def account(step: Callable[[], Tensor | tuple[Tensor, ...]]) -> Accounted:
-    """Account `step()`, which returns a scalar, and the backward of that scalar.
-
-    A tuple's other tensors are held until the backward is done.
-    """
+def account(step: Callable[[], Tensor]) -> Accounted:
+    """Account `step()`, which returns a scalar, and the backward of that scalar."""
     with Accounting() as seen:
-        held = step()
-        loss = held if isinstance(held, Tensor) else held[0]
+        loss = step()
         after_forward, in_forward = seen.live_bytes, len(seen.gemms)
         loss.backward()
-        del loss, held
+        del loss
         after_backward = seen.live_bytes
     return Accounted(
         peak=seen.peak,

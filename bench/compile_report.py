@@ -36,7 +36,8 @@ from fused_lk.kernels import launch
 from torch import Tensor
 
 from fused_lk import gemm
-from fused_lk.rows.interface import LogitRows, Normalizer, RowStats, accumulation_dtype
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, accumulation_dtype
+from fused_lk.walk.plan import empty_statistics
 
 from . import machine_code, offline
 
@@ -54,11 +55,11 @@ DTYPES = [
     (FP64, FP32, FP64),
 ]
 QUICK = [*DTYPES[:4], (BF16, FP32, BF16), (FP32, FP32, BF16)]
-# By kernel: how many of these it has, and its optional arguments.
+# By kernel: how many of these it has, its optional arguments, and the terms that can be compiled out.
 KERNELS = {
-    "lse_argmax": (1, ("mass",)),
-    "row_stats": (2, ("index", "normalizer", "target_argmax")),
-    "row_grad": (3, ("index",)),
+    "lse_argmax": (1, ("mass",), ()),
+    "row_stats": (2, ("index", "normalizer", "target_argmax"), TERMS),
+    "row_grad": (3, ("index",), TERMS),
 }
 LAYOUTS = {"aligned": 32000, "ragged": 32003, "unpadded": 32003}
 ROWS = 3
@@ -66,7 +67,7 @@ ROWS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: a kernel, the dtypes of z, t and gradient, which optional arguments are there, and the layout."""
+    """One launch: a kernel, the dtypes of z, t and gradient, its optional arguments and terms, and the layout."""
 
     kernel: str
     dtypes: tuple[torch.dtype, ...]
@@ -117,9 +118,10 @@ class Row:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Every launch to look at; `quick`: each class of dtypes, with all optional arguments."""
-    for kernel, (used, names) in KERNELS.items():
+    """Every launch to look at; `quick`: each class of dtypes, with all optional arguments and terms."""
+    for kernel, (used, names, terms) in KERNELS.items():
         subsets = [tuple(n for i, n in enumerate(names) if bits >> i & 1) for bits in range(2 ** len(names))]
+        subsets = [*((*names, term) for term in terms), *((*subset, *terms) for subset in subsets)]
         for dtypes in dict.fromkeys(x[:used] for x in (QUICK if quick else DTYPES)):
             for options in subsets[-1:] if quick else subsets:
                 yield Case(kernel, dtypes, options, "aligned")
@@ -144,18 +146,19 @@ def launcher(case: Case) -> Callable[[], None]:
     acc = accumulation_dtype(logits[0])
     for other in logits[1:2]:
         acc = torch.promote_types(acc, accumulation_dtype(other))
-    out = RowStats.empty(ROWS + 1, acc, torch.device("cpu"), "target_argmax" in case.options).rows(1, ROWS + 1)
+    terms = tuple(name for name in TERMS if name in case.options)
+    out = empty_statistics(ROWS + 1, terms, acc, torch.device("cpu"), "target_argmax" in case.options).rows(1, ROWS + 1)
     vector = torch.empty(ROWS, dtype=acc)
     index = torch.zeros(ROWS, dtype=torch.long) if "index" in case.options else None
     if case.kernel == "lse_argmax":
         inside = torch.zeros(size, dtype=torch.bool) if "mass" in case.options else None
         return lambda: launch.lse_argmax(logits[0], 1 / 0.7, inside, vector, vector, out.draft_argmax)
-    rows = LogitRows(logits[0], logits[1], index, 1 / 0.7, 1.0)
+    normalizer = Normalizer(vector, False, 0.0) if "normalizer" in case.options else None
+    rows = LogitRows(logits[0], logits[1], index, normalizer, 1 / 0.7, 1.0)
     if case.kernel == "row_stats":
-        normalizer = Normalizer(vector, False, 0.0) if "normalizer" in case.options else None
-        return lambda: launch.stats(rows, normalizer, out)
+        return lambda: launch.stats(rows, terms, out)
     into = logits[0] if logits[2].dtype == logits[0].dtype else logits[2]
-    return lambda: launch.gradient(rows, out, vector, vector, into)
+    return lambda: launch.gradient(rows, terms, out, torch.empty_like(out.values), into)
 
 
 def compile_case(case: Case, arch: str) -> tuple[Any, float]:

@@ -48,9 +48,12 @@ class Gate:
         return ratio >= limit if self.at_least else ratio <= limit
 
 
+# The floor is matrix products alone, and CPUs differ in what those cost beside exp and cache. With the same code an AMD
+# EPYC takes 1.38 and 2.0 times the floor, an Intel Xeon with AVX-512, whose floor is 0.7 times as long, 2.1 and 2.9. A
+# shared runner may be either; what it is held to there is the eager loss.
 GATES = (
-    Gate("one pass", "floor", 1.4, 1.6),
-    Gate("default", "floor", 2.0, 2.3),
+    Gate("one pass", "floor", 1.4, 2.5),
+    Gate("default", "floor", 2.0, 3.6),
     Gate("eager", "one pass", 2.5, 2.2, at_least=True),
     Gate("one pass", "compiled eager", 0.95, 1.1),
     Gate("one pass, half masked", "one pass", 0.6, 0.7),

@@ -66,7 +66,7 @@ def clear_gradients(inputs: Inputs) -> None:
         leaf.grad = None
 
 
-def _plain(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Loss]:
+def plain(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Loss]:
     return lambda inputs: partial(loss, inputs)
 
 
@@ -180,10 +180,10 @@ def _torch_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("specforge-eager", _plain(eager.specforge), "specforge", "LK-lambda per step, full logits"),
+        Provider("specforge-eager", plain(eager.specforge), "specforge", "LK-lambda per step, full logits"),
         Provider(
             "speculators-eager",
-            _plain(eager.speculators),
+            plain(eager.speculators),
             "speculators",
             "lk_hybrid: lambda per token, full logits on the draft vocabulary",
             "no full-vocabulary normaliser (p renormalised), no argmax",
@@ -197,7 +197,7 @@ PROVIDERS = {
         ),
         Provider(
             "checkpointed",
-            _plain(eager.checkpointed),
+            plain(eager.checkpointed),
             "position",
             "LK-lambda per step, chunks of 512 rows, torch.utils.checkpoint",
             "no argmax",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .accounting import Gemm, Work
-from .memory import PROVIDERS, SHAPES, Shape, accounted, speculators
+from .memory import PROVIDERS, SHAPES, SPECFORGE, Shape, accounted, providers_of
 from .tables import print_markdown, write_csv
 
 
@@ -55,8 +55,8 @@ def floor(shape: Shape) -> list[Work]:
 
 
 def compiled(shape: Shape) -> list[Work]:
-    """The eager loss fused as far as a compiler can around its matrix products."""
-    seen, size = accounted(shape, PROVIDERS["eager"]), shape.dtype.itemsize
+    """The eager loss, as SpecForge writes it, fused as far as a compiler can around its matrix products."""
+    seen, size = accounted(shape, PROVIDERS[SPECFORGE]), shape.torch_dtype.itemsize
     products = [product(x, size) for x in (*seen.forward_gemms, *seen.backward_gemms)]
     tile = shape.ttt_steps * shape.num_tokens * shape.draft_vocab_size
     of_target = 4 if shape.probs else size
@@ -68,9 +68,8 @@ def modelled() -> Iterator[tuple[Shape, str, list[Work]]]:
     for shape in SHAPES:
         yield shape, "floor: the matrix products alone", floor(shape)
         yield shape, "eager, compiled", compiled(shape)
-        for name, step in PROVIDERS.items():
-            if not (shape.probs and step is speculators):
-                yield shape, name, list(accounted(shape, step).work)
+        for name, prepare in providers_of(shape).items():
+            yield shape, name, list(accounted(shape, prepare).work)
 
 
 def rows() -> Iterator[list[str]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import fused_lk
 
+from .accounting import real
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -107,6 +109,8 @@ class Inputs:
         t2d: bool `[V_target]`, the same as a mask; None: shared.
         target_draft_weight: `[V_draft, H]`, the rows of the target's head that the draft vocabulary has.
         mask: bool `[N]`, the tokens that count; None: all.
+        target_probs: float32 `[N + K - 1, V_draft]`, probabilities that are given instead of target hidden states. Step
+            k reads row i + k for its row i. None: the target comes from its hidden states.
     """
 
     shape: Shape
@@ -118,6 +122,7 @@ class Inputs:
     t2d: Tensor | None
     target_draft_weight: Tensor
     mask: Tensor | None
+    target_probs: Tensor | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -126,7 +131,7 @@ class Inputs:
     def step_mask(self, step: int) -> Tensor:
         """bool `[N]`: the draft rows of step `step` that count."""
         n = self.shape.num_tokens
-        mask = self.target_hidden.new_ones(n, dtype=torch.bool) if self.mask is None else self.mask
+        mask = torch.ones(n, dtype=torch.bool, device=self.target_hidden.device) if self.mask is None else self.mask
         return torch.nn.functional.pad(mask[step:], (0, step))
 
     def pairs(self) -> fused_lk.Pairs:
@@ -153,12 +158,13 @@ def make_inputs(shape: Shape, device: torch.device | str = "cpu", seed: int = 0)
         return torch.randn(*size, dtype=dtype, device=device).mul_(scale)
 
     target_ids = t2d = mask = None
-    if not shape.is_shared:
-        target_ids = torch.randperm(shape.target_vocab_size, device=device)[: shape.draft_vocab_size].sort().values
-        t2d = torch.zeros(shape.target_vocab_size, dtype=torch.bool, device=device).index_fill_(0, target_ids, True)
-    if shape.masked_share:
-        ignored = torch.randperm(n, device=device)[: round(shape.masked_share * n)]
-        mask = torch.ones(n, dtype=torch.bool, device=device).index_fill_(0, ignored, False)
+    with real():  # In `full_size` the other tensors are fake. These decide what is done, so they keep their values.
+        if not shape.is_shared:
+            target_ids = torch.randperm(shape.target_vocab_size, device=device)[: shape.draft_vocab_size].sort().values
+            t2d = torch.zeros(shape.target_vocab_size, dtype=torch.bool, device=device).index_fill_(0, target_ids, True)
+        if shape.masked_share:
+            ignored = torch.randperm(n, device=device)[: round(shape.masked_share * n)]
+            mask = torch.ones(n, dtype=torch.bool, device=device).index_fill_(0, ignored, False)
     target_weight = randn(shape.target_vocab_size, h, scale=h**-0.5)
     return Inputs(
         shape=shape,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fused_lk
+from bench.accounting import Accounting
 
 from .train import NAMES, Run, Scorer, Settings
 
@@ -31,38 +29,14 @@ class Cost:
     seconds: float  # median
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage made while it is on, once each, until it is freed; `peak` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and not given & {key := x.untyped_storage()._cdata} and key not in self._known:
-                self._add(key, x.untyped_storage())
-        return out
-
-    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Of live tensors on a CPU; on a GPU, of what the allocator handed out (its backward has a thread of its own)."""
+    """The peak of one run, beyond what exists before.
+
+    On a CPU it is that of live tensors. On a GPU it is that of the allocator, because the backward has a thread of its
+    own there, which the accounting does not see.
+    """
     if device.type != "cuda":
-        with LiveBytes() as seen:
+        with Accounting() as seen:
             run()
         return seen.peak
     torch.cuda.synchronize(device)

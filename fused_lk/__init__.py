@@ -2,14 +2,14 @@
 
 from . import reference
 from .explain import Explanation, explain
-from .head import TargetHead
 from .losses import lk_divergences, lk_divergences_from_logits, lk_loss, lk_loss_from_logits
-from .metrics import Divergences, LKOutput
 from .modules import LKLoss
-from .pairs import Pairs
+from .output import Divergences, LKOutput
+from .pairs.pairs import Pairs
 from .reference import expected_acceptance_length
-from .target import Target
-from .vocab import DraftVocab
+from .targets.head import TargetHead
+from .targets.target import Target
+from .targets.vocab import DraftVocab
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""What a call would do, and cost, told from its shapes alone."""
+"""What a call would do, and what it would cost, found from its shapes alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from . import checks, gemm
-from . import plan as plans
-from .costs import TARGET_KINDS, Costs, Shape
-from .options import LossOptions
-from .pairs import Pairs
+from .pairs.pairs import Pairs
+from .reduction import LossOptions
+from .walk.costs import Costs, TargetFacts
+from .walk.plan import Facts, Plan, resolve, tile_dtypes
+from .walk.problem import check_target_rows
+
+TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
 
 
 @dataclass(frozen=True)
@@ -19,19 +22,21 @@ class Explanation:
     """The work of one `lk_loss` call and its backward; `print` it.
 
     Attributes:
-        plan: "one_pass" or "recompute". walk: "by rows" or "by vocabulary", for the gradients.
-        num_pairs, num_targets: supervised pairs, and the distinct target rows that they use.
-        chunks, chunk_pairs, chunk_targets: of the walk by rows: how many, and the largest.
-        block_columns: columns of a block of the walk by vocabulary; None if there is none.
-        draft_gemms: products of the draft, in units of `[pairs, H] @ [H, V_draft]`.
-        target_gemms: products for the target's logits, and for its normaliser, in the same unit.
-        gemm_flops: of them all, 2 for a multiplication and addition.
-        floor_flops: the least anybody can do: each draft product once, target logits once per target row, the
-            normaliser given. floor_flops_from_hidden: the same with the normaliser made from hidden states, a pass that
-            computes the draft's columns too. Equal where the target gives its probabilities.
-        peak_bytes: the most of live tensors beyond the inputs, gradients included, to a few per cent.
+        plan: "one_pass" or "recompute".
+        walk: "by rows" or "by vocabulary", the walk that makes the gradients.
+        num_pairs, num_targets: the supervised pairs, and the distinct target rows that they use.
+        chunks, chunk_pairs, chunk_targets: how many chunks the walk by rows has, and the size of the largest.
+        block_columns: the columns of a block of the walk by vocabulary; None without that walk.
+        draft_gemms: the products of the draft, in units of `[pairs, H] @ [H, V_draft]`.
+        target_gemms: the products for the target's logits and for its normaliser, in the same unit.
+        gemm_flops: the flops of all these, 2 for a multiplication and an addition.
+        floor_flops: the least that anybody can do: each draft product once, the target's logits once per target row,
+            and the normaliser given.
+        floor_flops_from_hidden: the same, where a pass makes the normaliser from hidden states. That pass computes the
+            draft's columns too. Both floors are equal where the target gives its probabilities.
+        peak_bytes: the most bytes of live tensors beyond the inputs, with the gradients, to a few per cent.
         held_bytes: what is held between forward and backward, beyond inputs and outputs.
-        at_peak: (name, bytes) of what makes the peak.
+        at_peak: (name, bytes) of each part of the peak.
         reasons: why each choice was made.
     """
 
@@ -87,6 +92,7 @@ def explain(
     pairs: Pairs | None = None,
     dtype: torch.dtype = torch.bfloat16,
     logits_dtype: str | torch.dtype = "compute",
+    target_logits_dtype: str | torch.dtype = "compute",
     frozen_head: bool = False,
     frozen_hidden: bool = False,
     objective: str = "lambda",
@@ -100,6 +106,8 @@ def explain(
 ) -> Explanation:
     """What `lk_loss` would do for given shapes: plan, chunks, matrix products, bytes, and the floor. Nothing is run.
 
+    The call itself carries out this very plan.
+
     Args:
         num_tokens: draft rows of one TTT step.
         hidden_size, target_hidden_size: of the draft, and of the target (default: the same).
@@ -110,6 +118,7 @@ def explain(
         masked_share: share of the tokens that are not supervised, in [0, 1]; they are taken to come first.
         pairs: the actual work list, instead of `masked_share`; of `ttt_steps * num_tokens` rows.
         dtype, logits_dtype, frozen_head, frozen_hidden: of the draft.
+        target_logits_dtype: `logits_dtype` of a target from hidden states, or `torch.float32` where its logits have it.
         objective, lambda_per, kl_weight, reduction, plan, impl, workspace_mb: as in `lk_loss`.
         device: "cpu" or "cuda".
 
@@ -117,69 +126,74 @@ def explain(
         TypeError, ValueError: unknown names, sizes out of range, a plan that cannot serve the request.
     """
     num_tokens = checks.integer("num_tokens", num_tokens, minimum=0)
-    hidden_size = checks.integer("hidden_size", hidden_size)
-    draft_vocab_size = checks.integer("draft_vocab_size", draft_vocab_size)
-    ttt_steps = checks.integer("ttt_steps", ttt_steps)
-    if target_vocab_size is None:
-        target_vocab_size = draft_vocab_size
-    target_vocab_size = checks.integer("target_vocab_size", target_vocab_size)
-    if draft_vocab_size > target_vocab_size:
+    sizes = {"hidden_size": hidden_size, "draft_vocab_size": draft_vocab_size, "ttt_steps": ttt_steps}
+    sizes["target_vocab_size"] = draft_vocab_size if target_vocab_size is None else target_vocab_size
+    sizes["target_hidden_size"] = hidden_size if target_hidden_size is None else target_hidden_size
+    h, vocab, steps, full_vocab, target_h = (checks.integer(name, value) for name, value in sizes.items())
+    if vocab > full_vocab:
         checks.fail(
             "draft_vocab_size <= target_vocab_size (the draft's vocabulary is a subset of the target's)",
-            f"{draft_vocab_size} draft tokens of {target_vocab_size}",
+            f"{vocab} draft tokens of {full_vocab}",
             "Draft first, then target; trim padded rows of the draft's head.",
         )
-    if target_hidden_size is None:
-        target_hidden_size = hidden_size
-    target_hidden_size = checks.integer("target_hidden_size", target_hidden_size)
-    for name, value in (
-        ("normalizer_given", normalizer_given),
-        ("frozen_head", frozen_head),
-        ("frozen_hidden", frozen_hidden),
-    ):
+    flags = {"normalizer_given": normalizer_given, "frozen_head": frozen_head, "frozen_hidden": frozen_hidden}
+    for name, value in flags.items():
         checks.flag(name, value)
     checks.choice("target", target, TARGET_KINDS)
     checks.choice("device", device, ("cpu", "cuda"))
     checks.choice("impl", impl, ("auto", "triton", "torch"))
     if dtype not in checks.FLOATS:
         checks.fail("dtype to be a floating point torch.dtype", dtype, "Pass torch.bfloat16, say.", TypeError)
-    if pairs is not None:
-        _check_pairs(pairs, ttt_steps * num_tokens, num_tokens, masked_share)
     masked_share = checks.number("masked_share", masked_share, minimum=0)
     if masked_share > 1:
         checks.fail("masked_share in [0, 1]", masked_share, "Pass the share of tokens that do not count.")
+    num_rows = steps * num_tokens
+    if pairs is None:
+        pairs = _pairs(num_tokens, steps, masked_share)
+    else:
+        _check_pairs(pairs, num_rows, num_tokens, masked_share)
     options = LossOptions(objective, lambda_per=lambda_per, kl_weight=kl_weight, reduction=reduction)
-    obstacle = options.obstacle_to_one_pass
-    chosen = plans.resolve(plan, obstacle)
-    shape = Shape(
-        pairs=_pairs(num_tokens, ttt_steps, masked_share) if pairs is None else pairs,
-        num_rows=ttt_steps * num_tokens,
-        num_sources=ttt_steps,
-        num_targets=num_tokens,
-        hidden_size=hidden_size,
-        target_hidden_size=target_hidden_size,
-        draft_vocab_size=draft_vocab_size,
-        target_vocab_size=target_vocab_size,
-        target=target,
-        normalizer_given=normalizer_given,
+    one_pass, why = resolve(plan, options.obstacle_to_one_pass)
+
+    wide = gemm.wide_dtype(dtype)
+    of_target = torch.promote_types(dtype, checks.wide_logits(target_logits_dtype) or dtype)
+    if target in ("probs", "topk"):
+        of_target = wide
+    in_place = target == "cached" or (target == "logits" and vocab == full_vocab)
+    facts = Facts(
+        pairs=pairs,
+        num_rows=num_rows,
+        num_sources=steps,
+        hidden_size=h,
+        vocab_size=vocab,
         dtype=dtype,
-        logits_dtype=checks.wide_logits(logits_dtype),
+        accumulator=gemm.wide_dtype(dtype, of_target),
+        tiles=tile_dtypes(
+            dtype, checks.wide_logits(logits_dtype), of_target, (False, in_place and pairs.valid is None)
+        ),
         needs_hidden=not frozen_hidden,
         needs_weight=not frozen_head,
-        row_operations="torch" if impl == "torch" or (impl == "auto" and device == "cpu") else "triton",
+        impl=impl,
         device=torch.device(device),
+        budget=checks.workspace_bytes(workspace_mb),
     )
-    costs = Costs(shape, one_pass=chosen == "one_pass", budget=checks.workspace_bytes(workspace_mb))
-    at_peak = costs.at_peak()
+    streams = target == "cached" or (target == "hidden" and vocab < full_vocab and not normalizer_given)
+    kind = "logits" if target == "cached" else target
+    of = TargetFacts(kind, num_tokens, target_h, full_vocab, of_target.itemsize, streams, target == "cached")
+    return _told(Costs(Plan.of(facts, one_pass, why), of))
+
+
+def _told(costs: Costs) -> Explanation:
+    plan, facts, at_peak = costs.plan, costs.facts, costs.at_peak()
     return Explanation(
-        plan=chosen,
-        walk="by rows" if costs.block_columns is None else "by vocabulary",
-        num_pairs=costs.num_pairs,
-        num_targets=costs.num_targets,
-        chunks=len(costs.layout.chunks),
-        chunk_pairs=costs.chunk_pairs,
-        chunk_targets=costs.chunk_targets,
-        block_columns=costs.block_columns,
+        plan="one_pass" if plan.one_pass else "recompute",
+        walk="by rows" if plan.block_columns is None else "by vocabulary",
+        num_pairs=facts.num_pairs,
+        num_targets=facts.num_targets,
+        chunks=len(plan.layout.chunks),
+        chunk_pairs=costs.pairs,
+        chunk_targets=costs.targets,
+        block_columns=plan.block_columns,
         draft_gemms=costs.draft_gemms,
         target_gemms=costs.target_flops() / max(costs.one_gemm, 1),
         gemm_flops=costs.draft_gemms * costs.one_gemm + costs.target_flops(),
@@ -188,16 +202,8 @@ def explain(
         peak_bytes=sum(size for _, size in at_peak),
         held_bytes=costs.held_bytes(),
         at_peak=at_peak,
-        reasons=(_plan_reason(plan, obstacle), *costs.reasons()),
+        reasons=plan.reasons,
     )
-
-
-def _plan_reason(requested: str, obstacle: str | None) -> str:
-    if requested != "auto":
-        return f"plan={requested!r} was asked for"
-    if obstacle is not None:
-        return f"recompute: one pass cannot serve {obstacle}"
-    return "one pass: the factor of each row's gradient is known in the forward; a product less than recompute"
 
 
 def _check_pairs(pairs: Pairs, num_rows: int, num_targets: int, masked_share: float) -> None:
@@ -206,12 +212,9 @@ def _check_pairs(pairs: Pairs, num_rows: int, num_targets: int, masked_share: fl
     if masked_share != 0:
         checks.fail("pairs or masked_share", "both", "Leave masked_share out: the pairs say what counts.")
     if pairs.shape is not None and math.prod(pairs.shape) != num_rows:
-        checks.fail(
-            f"pairs of ttt_steps * num_tokens = {num_rows} rows",
-            f"pairs of shape {pairs.shape}",
-            "num_tokens counts the draft rows of one step.",
-        )
-    pairs.check_target(num_rows, num_targets, None)
+        expected = f"pairs of ttt_steps * num_tokens = {num_rows} rows"
+        checks.fail(expected, f"pairs of shape {pairs.shape}", "num_tokens counts the draft rows of one step.")
+    check_target_rows(pairs, num_rows, num_targets)
 
 
 def _pairs(num_tokens: int, steps: int, masked_share: float) -> Pairs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,21 @@ _BLOCK_ELEMENTS = 2**23
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that `torch.nn.functional.linear` would compute `x` in: its own, or that of the `torch.autocast`
-    around it, which leaves float64 alone."""
+    """The dtype that `torch.nn.functional.linear` would compute `x` in: its own, or that of the `torch.autocast` around
+    it. Autocast leaves float64 alone."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What sums are accumulated in: float32, or float64 where one of `dtypes` is."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which dW is held until its scale is known. Float16 would flush small numbers to 0 before that."""
+    return wide_dtype(dtype) if dtype == torch.float16 else dtype
 
 
 def is_cpu(device: torch.device) -> bool:
@@ -48,19 +60,25 @@ def row_stride(columns: int) -> int:
 
 
 def tile(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An unwritten `[rows, columns]` tile with a padded row stride."""
-    return torch.empty(rows, row_stride(columns), dtype=dtype, device=device)[:, :columns]
+    """An unwritten `[rows, columns]` tile with a padded row stride.
+
+    The padding is zero. On a CPU with AMX, `torch.mm` of bfloat16 rounds the inner dimension up: it reads a row beyond
+    its last column, and multiplies what it finds there by 0. Unwritten memory may hold NaN.
+    """
+    whole = torch.empty(rows, row_stride(columns), dtype=dtype, device=device)
+    whole[:, columns:].zero_()
+    return whole[:, :columns]
 
 
 def rows_of_a_tile(vocab_size: int, num_rows: int, itemsize: int, device: torch.device, budget: int | None) -> int:
-    """Rows of the one tile of a pass over `num_rows` rows: the fewest equal pieces that fit the budget."""
+    """The rows of a tile for a pass over `num_rows` rows, in the fewest equal pieces that fit the budget."""
     budget = default_budget(device) if budget is None else budget
     most = max(1, budget // (row_stride(vocab_size) * itemsize))
     return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """`out = x @ weight.T + bias`, in `out`'s dtype: that of `x`, or float32 for the product's own float32 result."""
+    """`out = x @ weight.T + bias`. `out` has the dtype of `x`, or it is float32 and keeps the product's float32."""
     if out.dtype == x.dtype:
         if bias is None:
             torch.mm(x, weight.t(), out=out)

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
-from .call import CHECKS
+from .impls import IMPLS
 from .losses import lk_loss
-from .metrics import LKOutput
-from .options import LossOptions
-from .target import Target
+from .output import LKOutput
+from .reduction import LossOptions
+from .targets.target import Target
+from .walk.plan import PLANS
 
 
 class LKLoss(nn.Module):
-    """`lk_loss` with the options given once, checked here; it holds no parameters.
+    """`lk_loss` with options that are given, and checked, once. The module holds no parameters.
 
     Args:
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, draft_temperature,
-        impl, plan, workspace_mb, logits_dtype, skip_masked: as in `fused_lk.lk_loss`.
+        impl, plan, workspace_mb, logits_dtype: as in `fused_lk.lk_loss`.
 
     Raises:
-        TypeError, ValueError: an unknown option or one out of range; what depends on the batch is checked in the call.
+        TypeError, ValueError: an option is unknown or out of range. The call checks what depends on the batch.
     """
 
     def __init__(
@@ -37,27 +39,34 @@ class LKLoss(nn.Module):
         position_decay: float = 1.0,
         reduction: str = "mean",
         denominator: float | Tensor | None = None,
-        **call_options: Any,
+        draft_temperature: float = 1.0,
+        impl: str = "auto",
+        plan: str = "auto",
+        workspace_mb: float | str = "auto",
+        logits_dtype: str | torch.dtype = "compute",
     ) -> None:
         super().__init__()
         self.options = LossOptions(
             objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator
         )
-        unknown = sorted(set(call_options) - set(CHECKS))
-        if unknown:
-            known = f"Known beside those of LKLoss itself: {', '.join(sorted(CHECKS))}; give inputs to the call."
-            checks.fail("options of lk_loss", ", ".join(unknown), known, TypeError)
-        for name, value in call_options.items():
-            CHECKS[name](value)
-        self.call_options = {name: checks.scalar(value) for name, value in call_options.items()}
+        checks.choice("impl", impl, IMPLS)
+        checks.choice("plan", plan, PLANS)
+        checks.workspace_bytes(workspace_mb)
+        checks.wide_logits(logits_dtype)
+        self.call_options: dict[str, Any] = {
+            "draft_temperature": checks.number("draft_temperature", draft_temperature, above=0),
+            "impl": impl,
+            "plan": plan,
+            "workspace_mb": checks.scalar(workspace_mb),
+            "logits_dtype": logits_dtype,
+        }
 
     def forward(
         self, draft_hidden: Tensor | Sequence[Tensor], draft_lm_head_weight: Tensor, target: Target, **inputs: Any
     ) -> LKOutput:
         """`lk_loss(draft_hidden, draft_lm_head_weight, target, **inputs)` with the stored options.
 
-        `inputs` are what changes from batch to batch: mask, target_rows, positions, num_positions, pairs, bias; an
-        option given here overrides the stored one.
+        The `inputs` change from batch to batch: mask, pairs, bias. An option among them replaces the stored one.
         """
         options = {**vars(self.options), **self.call_options, **inputs}
         return lk_loss(draft_hidden, draft_lm_head_weight, target, **options)

@@ -1,7 +1,7 @@
 """Functions that `torch.compile` does not look into.
 
-What is done in chunks, with sizes that only the host knows, cannot be traced; it can be one operator of a graph. Eager
-calls run the plain function: no dispatcher in between, and dispatch modes (memory accounting) see all that it does.
+Work in chunks, whose sizes only the host knows, cannot be traced. It can be one operator of a graph. An eager call runs
+the plain function, without a dispatcher in between, and dispatch modes (memory accounting) see all that it does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 def opaque(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: the function in eager mode, the operator `fused_lk::<its name>` under `torch.compile`.
 
-    The function must not change its arguments nor return one. `schema` is written out because its inference from
-    annotations differs between releases of PyTorch. The operator is `.operator`; `.register_fake` and
-    `.register_autograd` are its own.
+    The function must neither change an argument nor return one. `schema` is written out, because releases of PyTorch
+    differ in what they infer from annotations. The operator is `.operator`. `.register_fake` and `.register_autograd`
+    are those of the operator.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:

@@ -1,38 +1,138 @@
-"""From numbers per pair to the loss: weights, positions, lambda, denominators, and what is reported beside it."""
+"""From numbers per pair to the loss and its metrics: weights, lambda, positions and denominators."""
 
 from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import PairResults
-from .call import Call
-from .engine import engine
-from .metrics import LKOutput, position_sums, ratio
-from .objective import FIXED, MixRule, adaptive_kl_weight, token_loss, weighted
-from .options import LossOptions, per_position
-from .rows.interface import accumulation_dtype
-from .target_tiles import owned
+from .graph import autograd, operators
+from .objective import OBJECTIVES, Objective, adaptive_kl_weight, weighted
+from .output import Divergences, LKOutput
+from .pairs.layout import Layout, position_sums, ratio
+from .rows.interface import RowStats
+from .targets.tiles import owned
+from .walk.plan import resolve
+from .walk.problem import Problem
+
+LAMBDA_PER = ("position", "token")
+REDUCTIONS = ("mean", "position", "sum", "none")
 
 
-class Reduction:
-    """Weights, positions and denominators of one call's pairs, and the output made with them."""
+@dataclass(frozen=True)
+class LossOptions:
+    """What is minimised, and how tokens are reduced. `fused_lk.lk_loss` documents each option.
 
-    def __init__(self, request: Call, options: LossOptions, one_pass: bool) -> None:
-        self.request, self.options, self.one_pass = request, options, one_pass
-        wants_target_argmax = request.target.finds_argmax_in_tiles
-        self.engine = engine(request, one_pass=one_pass, wants_target_argmax=wants_target_argmax)
-        self.layout = layout = self.engine.layout
-        self.num_positions = request.pairs.num_positions
-        acc = torch.promote_types(accumulation_dtype(request.tensors[0]), request.target.dtype)
-        ones = torch.ones(layout.num_pairs, dtype=acc, device=request.device)
-        self.weights = ones if layout.weights is None else layout.weights.to(acc)
-        self.weight_sum = self.sums(ones)
-        self.kl_weight = None if options.kl_weight is None else self._given_kl_weight(options.kl_weight)
+    Raises:
+        TypeError, ValueError: an unknown name, a number out of range, or a tensor of the wrong dtype or with an entry
+            out of range. (Tensors on a device are read with FUSED_LK_VALIDATE=1 only, because that synchronises.)
+    """
+
+    objective: str = "lambda"
+    eta: float = 3.0
+    kl_scale: float = 1.0
+    lambda_per: str = "position"
+    kl_weight: float | Tensor | None = None
+    position_decay: float = 1.0
+    reduction: str = "mean"
+    denominator: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice("objective", self.objective, OBJECTIVES)
+        checks.choice("lambda_per", self.lambda_per, LAMBDA_PER)
+        checks.choice("reduction", self.reduction, REDUCTIONS)
+        for name in ("eta", "position_decay", "kl_scale"):
+            self._keep(name, checks.number(name, getattr(self, name), minimum=0))
+        if self.kl_scale > 1:
+            warnings.warn(
+                f"kl_scale={self.kl_scale:g} can make lambda exceed 1, where the TV term changes sign and acceptance "
+                "is pushed down; use kl_scale <= 1.",
+                stacklevel=4,
+            )
+        if isinstance(self.kl_weight, Tensor):
+            checks.tensor("kl_weight", self.kl_weight, dtypes=checks.FLOATS)
+            checks.non_negative("kl_weight", self.kl_weight)
+        elif self.kl_weight is not None:
+            self._keep("kl_weight", checks.number("kl_weight", self.kl_weight, minimum=0))
+        # A count of 0 would silently make the loss 0. A position without tokens adds 0 with any denominator.
+        if isinstance(self.denominator, Tensor):
+            checks.tensor("denominator", self.denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS))
+            checks.positive("denominator", self.denominator, "For counts that may be 0 use denominator.clamp(min=1).")
+        elif self.denominator is not None:
+            remedy = "For a count that may be 0 use max(denominator, 1)."
+            self._keep("denominator", checks.number("denominator", self.denominator, above=0, remedy=remedy))
+        if self.kl_weight is not None and self.objective != "lambda":
+            checks.fail(
+                'kl_weight with objective="lambda" only', f"objective={self.objective!r}", "Leave kl_weight out."
+            )
+
+    def _keep(self, name: str, value: float) -> None:
+        """Store a Python number in place of a NumPy one, which operators of a graph refuse."""
+        object.__setattr__(self, name, value)
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether a token's loss depends on other tokens' acceptance."""
+        return self.objective == "lambda" and self.kl_weight is None and self.lambda_per == "position"
+
+    @property
+    def obstacle_to_one_pass(self) -> str | None:
+        """Why the gradients cannot be made in the forward; None where they can."""
+        if self.waits_for_batch:
+            return 'lambda_per="position" without kl_weight (lambda is known only when all tokens are)'
+        if self.reduction in ("position", "none"):
+            return f'reduction="{self.reduction}" (the upstream gradient of each element is not known in the forward)'
+        return None
+
+
+def loss(problem: Problem, options: LossOptions, requested_plan: str) -> LKOutput:
+    """See `fused_lk.lk_loss`."""
+    one_pass = resolve(requested_plan, options.obstacle_to_one_pass)[0] and any(problem.needs)
+    problem = replace(problem, finds_target_argmax=problem.target.finds_argmax)
+    run = operators if torch.compiler.is_compiling() else autograd
+    with torch.autocast(problem.device.type, enabled=False):
+        plan, layout = run.prepare(problem, one_pass)
+        if one_pass:
+            tokens = _Tokens(problem, options, layout)
+            objective = tokens.objective(tokens.given_kl_weight())
+            total, *results = run.one_pass(problem, plan, objective, *problem.tensors)
+            return tokens.output(total, RowStats(*results), objective)
+        stats = RowStats(*run.divergences(problem, plan, *problem.tensors))
+        tokens = _Tokens(problem, options, layout)
+        waits = options.waits_for_batch
+        objective = tokens.objective(tokens.mean_kl_weight(stats) if waits else tokens.given_kl_weight())
+        return tokens.output(tokens.reduce(stats, objective), stats, objective)
+
+
+def divergences(problem: Problem) -> Divergences:
+    """See `fused_lk.lk_divergences`."""
+    run = operators if torch.compiler.is_compiling() else autograd
+    with torch.autocast(problem.device.type, enabled=False):
+        plan, layout = run.prepare(problem, False)
+        stats = RowStats(*run.divergences(problem, plan, *problem.tensors))
+        log_acceptance, kl = stats.values
+        ids = problem.target.to_target_ids(stats.draft_argmax)
+        per_pair = (log_acceptance, kl, log_acceptance.exp(), ids)
+        return Divergences(*(layout.per_row(x, problem.num_rows).view(problem.shape) for x in per_pair))
+
+
+class _Tokens:
+    """Weights, lambda and denominators of the pairs of one call."""
+
+    def __init__(self, problem: Problem, options: LossOptions, layout: Layout) -> None:
+        self.problem, self.options, self.layout = problem, options, layout
+        self.num_positions = problem.pairs.num_positions
+        if layout.weights is None:
+            self.weights = torch.ones(layout.num_pairs, dtype=problem.accumulator, device=problem.device)
+        else:
+            self.weights = layout.weights.to(problem.accumulator)
+        self.weight_sum = position_sums(self.weights, layout.positions, self.num_positions)
 
     def sums(self, x: Tensor) -> Tensor:
-        """`[K]`, the weighted sums of `x` by position; ignored rows count nothing, whatever they hold."""
+        """`[K]`, the weighted sums of `x` by position. Ignored rows count nothing, whatever they hold."""
         return position_sums(weighted(self.weights, x), self.layout.positions, self.num_positions)
 
     def of_pair(self, x: Tensor) -> Tensor:
@@ -40,84 +140,89 @@ class Reduction:
         positions = self.layout.positions
         return x[0].expand(self.layout.num_pairs) if positions is None else x[positions]
 
-    def run(self) -> LKOutput:
-        if self.one_pass:
-            loss, pairs = self.engine.loss_in_one_pass(self._coefficients(), self._mix_rule())
-            return self._output(loss, pairs, self._kl_weights(pairs.log_acceptance))
-        pairs = self.engine.divergences()
-        kl_weight = self._kl_weights(pairs.log_acceptance.detach())
-        per_pair = token_loss(self.options.mix(kl_weight), pairs.log_acceptance, pairs.kl, pairs.supported)
-        return self._output(self._reduce(per_pair), pairs, kl_weight)
+    def per_row(self, x: Tensor) -> Tensor:
+        """`x` `[P]`, per pair, in the draft's shape."""
+        return self.layout.per_row(x, self.problem.num_rows).view(self.problem.shape)
 
-    def _given_kl_weight(self, given: float | Tensor) -> Tensor:
-        """`[P]`, from a float, `[K]`, or one per token."""
-        if isinstance(given, Tensor) and given.shape != (self.num_positions,) and given.shape == self.request.shape:
-            checks.same_device(self.request.device, kl_weight=given)
-            of_pair = self.layout.per_pair(owned(given.detach()).reshape(-1)).to(self.weights)
-            return of_pair if self.layout.valid is None else torch.where(self.layout.valid, of_pair, 0)
-        return self.of_pair(owned(per_position("kl_weight", given, self.num_positions, self.weights)))
+    def given_kl_weight(self) -> Tensor | None:
+        """Lambda `[P]`, made of a float, of `[K]`, or of one per token; None where it is not given."""
+        given, layout = self.options.kl_weight, self.layout
+        if given is None:
+            return None
+        if isinstance(given, Tensor) and given.shape != (self.num_positions,) and given.shape == self.problem.shape:
+            checks.same_device(self.problem.device, kl_weight=given)
+            of_pair = layout.per_pair(owned(given.detach()).reshape(-1)).to(self.weights)
+            return of_pair if layout.valid is None else torch.where(layout.valid, of_pair, 0)
+        return self.of_pair(owned(_per_position("kl_weight", given, self.num_positions, self.weights)))
 
-    def _decay(self) -> Tensor:
-        k = torch.arange(self.num_positions, dtype=self.weights.dtype, device=self.weights.device)
-        return self.options.position_decay**k
+    def mean_kl_weight(self, stats: RowStats) -> Tensor:
+        """Lambda `[P]`, from the mean acceptance of each position."""
+        acceptance = ratio(self.sums(stats.values[0].detach().exp()), self.weight_sum)
+        return self.of_pair(adaptive_kl_weight(acceptance, self.options.eta, self.options.kl_scale))
 
-    def _divide(self, x: Tensor) -> Tensor:
-        """`x` `[K]` by the denominators; 0 where a denominator is."""
+    def divide(self, x: Tensor) -> Tensor:
+        """`x` `[K]` divided by the denominators; 0 where a denominator is 0."""
         given = self.options.denominator
         if given is None:
             return ratio(x, self.weight_sum)
-        return ratio(x, per_position("denominator", given, self.num_positions, self.weights))
+        return ratio(x, _per_position("denominator", given, self.num_positions, self.weights))
 
-    def _coefficients(self) -> Tensor:
-        """`[P]`, what each token's loss is multiplied by in the scalar loss."""
-        of_position = self._decay()
-        if self.options.reduction == "mean":
-            of_position = self._divide(of_position)
-        return self.weights * self.of_pair(of_position)
+    def objective(self, kl_weight: Tensor | None) -> Objective:
+        """The scalar loss. A token's loss is multiplied by its weight and its position's decay, and divided."""
+        options = self.options
+        k = torch.arange(self.num_positions, dtype=self.weights.dtype, device=self.weights.device)
+        of_position = options.position_decay**k
+        if options.reduction == "mean":
+            of_position = self.divide(of_position)
+        weights = self.weights * self.of_pair(of_position)
+        return Objective(options.objective, options.eta, options.kl_scale, weights, kl_weight)
 
-    def _mix_rule(self) -> MixRule:
-        return MixRule(self.options.objective, self.options.eta, self.options.kl_scale, self.kl_weight)
-
-    def _kl_weights(self, log_acceptance: Tensor) -> Tensor | None:
-        """Lambda per pair; None for objectives that have none."""
-        if self.options.objective != "lambda" or self.kl_weight is not None:
-            return self.kl_weight
-        acceptance = log_acceptance.exp()
-        if self.options.waits_for_batch:
-            acceptance = self.of_pair(ratio(self.sums(acceptance), self.weight_sum))
-        return adaptive_kl_weight(acceptance, self.options.eta, self.options.kl_scale)
-
-    def _reduce(self, per_pair: Tensor) -> Tensor:
-        if self.options.reduction in ("mean", "sum"):  # a number per pair is held, not one per pair and position
-            return weighted(self._coefficients(), per_pair).sum()
+    def reduce(self, stats: RowStats, objective: Objective) -> Tensor:
+        if self.options.reduction in ("mean", "sum"):  # holds a number per pair, not one per pair and position
+            return objective.total(stats.values, stats.supported)
+        per_pair = objective.per_token(stats.values, stats.supported)
         if self.options.reduction == "none":
-            per_row = self.layout.per_row(weighted(self.weights, per_pair), self.request.num_rows)
-            return per_row.view(self.request.shape)
-        return self._divide(self.sums(per_pair))
+            return self.per_row(weighted(self.weights, per_pair))
+        return self.divide(self.sums(per_pair))
 
-    def _output(self, loss: Tensor, pairs: PairResults, kl_weight: Tensor | None) -> LKOutput:
-        layout, target = self.layout, self.request.target
-        log_acceptance, kl = pairs.log_acceptance.detach(), pairs.kl.detach()
-        draft_ids = target.to_target_ids(pairs.draft_argmax)
-        target_ids = target.argmax_of(layout, pairs.target_argmax)
-        w = self.weights
-        correct = torch.full_like(w, float("nan")) if target_ids is None else (draft_ids == target_ids).to(w)
-        lam = FIXED[self.options.objective].kl if kl_weight is None else kl_weight
+    def output(self, loss: Tensor, stats: RowStats, objective: Objective) -> LKOutput:
+        layout, target, w = self.layout, self.problem.target, self.weights
+        log_acceptance, kl = stats.values.detach()
+        draft_ids = target.to_target_ids(stats.draft_argmax)
+        if stats.target_argmax is not None:
+            correct = (draft_ids == target.to_target_ids(stats.target_argmax)).to(w)
+        elif target.known_ids is not None:
+            correct = (draft_ids == layout.of_target(target.known_ids)).to(w)
+        else:
+            correct = torch.full_like(w, float("nan"))
         supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
-
-        def per_row(x: Tensor) -> Tensor:
-            return layout.per_row(x, self.request.num_rows).view(self.request.shape)
-
+        lam = objective.mix(log_acceptance).kl + torch.zeros_like(w)
         return LKOutput(
             loss=loss,
             acceptance_sum=self.sums(log_acceptance.exp()),
             accuracy_sum=self.sums(correct),
             kl_sum=self.sums(kl),
             weight_sum=self.weight_sum,
-            kl_weight=ratio(self.sums(lam + torch.zeros_like(w)), self.weight_sum),
+            kl_weight=ratio(self.sums(lam), self.weight_sum),
             num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),
-            num_unsupported=(supervised & ~pairs.supported).sum(),
-            token_log_acceptance=per_row(log_acceptance),
-            draft_token_ids=per_row(draft_ids),
+            num_unsupported=(supervised & ~stats.supported).sum(),
+            token_log_acceptance=self.per_row(log_acceptance),
+            draft_token_ids=self.per_row(draft_ids),
             loss_is_per_position=self.options.reduction == "position",
         )
+
+
+def _per_position(name: str, value: float | Tensor, num_positions: int, like: Tensor) -> Tensor:
+    """A float or a `[num_positions]` tensor as the latter, in `like`'s dtype and device.
+
+    Raises:
+        ValueError: a tensor of another shape, or on another device.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((num_positions,), float(value), dtype=like.dtype, device=like.device)
+    value = value.detach()
+    if value.ndim == 0:
+        return value.to(like).expand(num_positions)
+    checks.shape(name, value, (num_positions,), "one per position")
+    checks.same_device(like.device, **{name: value})
+    return value.to(like.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,15 +15,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from fused_lk import checks
-from fused_lk.rows.interface import (
-    EXCESS,
-    Coefficients,
-    LogitRows,
-    Normalizer,
-    RowStats,
-    accumulation_dtype,
-    tie_width,
-)
+from fused_lk.rows.interface import EXCESS, TERMS, LogitRows, RowLoss, RowStats, accumulation_dtype, tie_width
 
 from . import autotune
 from .lse_argmax import lse_argmax_kernel
@@ -48,19 +41,20 @@ TILES = {
     # Twice three numbers of state an element, for the columns inside and outside the draft vocabulary. 8 elements a
     # thread: at most 120 registers, 2 rows an SM; 16 take up to 187, one row an SM.
     "lse_argmax": {2: Tile(2048, 256), 4: Tile(2048, 256), 8: Tile(1024, 256)},
-    # Ten numbers of state an element; 8 elements a thread are 128 bits of half precision. There at most 94 registers
+    # Ten numbers of state an element; 8 elements a thread are 128 bits of half precision. There at most 102 registers
     # let 2 rows share an SM (one ends while another loads; many more, and their second pass would miss the cache).
     # float32: 2,048 x 256 threads spills 8 bytes on an A100 without optional arguments, where ptxas makes room for a
     # third row; one row of 512 threads does not. float64: 2 elements are 128 bits; 4 and 8 spill on some card, with
     # Triton 3.7 or 3.2.
     "row_stats": {2: Tile(2048, 256), 4: Tile(4096, 512), 8: Tile(256, 128)},
-    # No state: at most 56 registers, 36 warps an SM or more (float64: 68 and 28). Small blocks, as a row ends in part
+    # No state: at most 72 registers, 28 warps an SM or more (float32: 48 and 40). Small blocks, as a row ends in part
     # of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
-# What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report.
+# What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report. (Of
+# 2 bytes, 4,096 x 512 threads spills 8 bytes on an A100.)
 CANDIDATES = {
-    2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256), Tile(4096, 512)),
+    2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256)),
     4: (Tile(4096, 512),),
     8: (Tile(256, 128),),
 }
@@ -103,14 +97,14 @@ def lse_argmax(
         x.shape,
         _widest(acc, x),
         (x, x.stride(0), _vector(inside), lse, log_mass, argmax, x.shape[1], *_two_floats(scale)),
-        {"HAS_MASS": inside is not None, "ACC": _triton_dtype(acc)},
+        {"ACC": _triton_dtype(acc)},
     )
 
 
-def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
-    """Write the statistics of whole rows into `out`. Without a normaliser p is pt."""
-    z, t = _unit_columns(rows.z), _unit_columns(rows.t)
-    acc = out.log_acceptance.dtype
+def stats(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> None:
+    """Write the statistics of whole rows into `out`."""
+    z, t, normalizer = _unit_columns(rows.z), _unit_columns(rows.t), rows.normalizer
+    acc = out.base.dtype
     _launch(
         "row_stats",
         z.shape,
@@ -118,53 +112,59 @@ def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None
         (
             *(z, z.stride(0), t, t.stride(0), _vector(rows.t_index)),
             None if normalizer is None else _vector(normalizer.value),
-            *out,
-            *(z.shape[1], *_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
+            *_of_stats(out),
+            *(out.draft_argmax, out.target_argmax, z.shape[1]),
+            *(*_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
             0.0 if normalizer is None else normalizer.rounding,
         ),
-        {
-            "HAS_INDEX": rows.t_index is not None,
-            "HAS_NORMALIZER": normalizer is not None,
-            "IS_MASS": normalizer is not None and normalizer.is_mass,
-            "HAS_TARGET_ARGMAX": out.target_argmax is not None,
-            "ACC": _triton_dtype(acc),
-            "TIE": tie_width(acc),
-            "EXCESS": EXCESS,
-        },
+        {"IS_MASS": normalizer is not None and normalizer.is_mass, "EXCESS": EXCESS, **_constants(terms, acc)},
     )
 
 
 def stats_and_gradient(
-    rows: LogitRows, normalizer: Normalizer | None, out: RowStats, gradient_out: Tensor, coefficients: Coefficients
+    rows: LogitRows, terms: tuple[str, ...], out: RowStats, loss: RowLoss, gradient_out: Tensor
 ) -> None:
-    """`stats`, then `gradient` with `coefficients(0, n, out)`."""
-    stats(rows, normalizer, out)
-    gradient(rows, out, *coefficients(0, rows.z.shape[0], out), gradient_out)
+    """`stats`, then `gradient` of `loss`."""
+    stats(rows, terms, out)
+    gradient(rows, terms, out, loss.d_values(out.values), gradient_out)
 
 
-def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: Tensor, gradient_out: Tensor) -> None:
+def gradient(rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values: Tensor, gradient_out: Tensor) -> None:
     """Write the gradient with respect to `rows.z` into `gradient_out`, which may be `rows.z` itself.
 
-    `rows` may be any block of columns of the rows that `stats` describes.
+    `rows` may be any block of columns of the rows that `stats` describes; `d_values` `[T, n]` are the derivatives with
+    respect to the terms.
     """
     into = _unit_columns(gradient_out, copy=False)
-    z, t = _unit_columns(rows.z), _unit_columns(rows.t)
-    acc = stats.log_acceptance.dtype
+    z, t, d_values = _unit_columns(rows.z), _unit_columns(rows.t), _unit_columns(d_values)
+    acc = stats.base.dtype
     _launch(
         "row_grad",
         z.shape,
         _widest(acc, z, t, into),
         (
             *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(rows.t_index)),
-            *stats.saved(),
-            *(_vector(d_log_acceptance), _vector(d_kl)),
+            *(*_of_stats(stats), d_values, d_values.stride(0), stats.draft_argmax),
             *(z.shape[1], rows.first_column, *_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
         ),
-        {"HAS_INDEX": rows.t_index is not None, "ACC": _triton_dtype(acc), "TIE": tie_width(acc)},
+        _constants(terms, acc),
         by_columns=True,
     )
     if into is not gradient_out:
         gradient_out.copy_(into)
+
+
+def _of_stats(stats: RowStats) -> tuple[Any, ...]:
+    """The floating point statistics as both kernels take them: pointers, and how far their rows lie apart."""
+    base, values, saved, *_ = stats
+    return base, base.stride(0), values, values.stride(0), saved, saved.stride(0), saved.stride(1)
+
+
+@functools.cache
+def _constants(terms: tuple[str, ...], acc: torch.dtype) -> dict[str, Any]:
+    """What both kernels are compiled for: the row of each term in values and saved, -1 without it; the arithmetic."""
+    rows_of_terms = {name.upper(): terms.index(name) if name in terms else -1 for name in TERMS}
+    return {**rows_of_terms, "ACC": _triton_dtype(acc), "TIE": tie_width(acc)}
 
 
 def _launch(
@@ -183,10 +183,10 @@ def _launch(
         if autotune.enabled() and not INTERPRETED:
             kernel = autotune.tuned(name, kernel, CANDIDATES[width], _warp_size())
         elif INTERPRETED:  # which pays for each operation, not for each element
-            constants |= {"BLOCK_V": min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V)}
+            constants = constants | {"BLOCK_V": min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V)}
         else:
             tile = TILES[name][width]
-            constants |= {"BLOCK_V": tile.block_v, "num_warps": tile.threads // _warp_size()}
+            constants = constants | {"BLOCK_V": tile.block_v, "num_warps": tile.threads // _warp_size()}
         kernel[grid](*arguments, **constants, **OPTIONS)
 
 

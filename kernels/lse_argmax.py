@@ -8,25 +8,13 @@ from .online_softmax import LOWEST, full_scale, join, load_logits, log1p, update
 
 @triton.jit
 def _next(
-    x_ptr,
-    inside_ptr,
-    start,
-    lanes,
-    n_cols,
-    scale,
-    top,
-    rest,
-    at,
-    outer_top,
-    outer_rest,
-    outer_at,
-    MASKED: tl.constexpr,
-    HAS_MASS: tl.constexpr,
-):
+    x_ptr, inside_ptr, start, lanes, n_cols, scale,
+    top, rest, at, outer_top, outer_rest, outer_at, MASKED: tl.constexpr,
+):  # fmt: skip
     """One more tile. With a subset the first three are of the columns inside, the last three of those outside."""
     offs_v = start + lanes
     x = load_logits(x_ptr, offs_v, n_cols, MASKED, top.dtype)
-    if HAS_MASS:
+    if inside_ptr is not None:
         if MASKED:
             inside = tl.load(inside_ptr + offs_v, mask=offs_v < n_cols, other=0) != 0
         else:
@@ -50,21 +38,11 @@ def _next(
 
 @triton.jit(do_not_specialize_on_alignment=["lse_ptr", "log_mass_ptr", "argmax_ptr"])
 def lse_argmax_kernel(
-    x_ptr,
-    x_row_stride,
-    inside_ptr,
-    lse_ptr,
-    log_mass_ptr,
-    argmax_ptr,
-    n_cols,
-    scale_high,
-    scale_low,
-    HAS_MASS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One program per row: logsumexp(scale * x), the lowest index of the maximum, and with HAS_MASS the log of the
-    share of the columns that `inside` marks."""
+    x_ptr, x_row_stride, inside_ptr, lse_ptr, log_mass_ptr, argmax_ptr, n_cols, scale_high, scale_low,
+    ACC: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row: logsumexp(scale * x), the lowest index of the maximum, and with `inside` the log of the
+    share of the columns that it marks."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row_stride
     scale = full_scale(scale_high, scale_low, ACC)
@@ -78,17 +56,17 @@ def lse_argmax_kernel(
     for start in range(0, whole, BLOCK_V):
         top, rest, at, outer_top, outer_rest, outer_at = _next(
             x_ptr, inside_ptr, start, lanes, n_cols, scale,
-            top, rest, at, outer_top, outer_rest, outer_at, False, HAS_MASS,
+            top, rest, at, outer_top, outer_rest, outer_at, False,
         )  # fmt: skip
     if whole < n_cols:
         top, rest, at, outer_top, outer_rest, outer_at = _next(
             x_ptr, inside_ptr, whole, lanes, n_cols, scale,
-            top, rest, at, outer_top, outer_rest, outer_at, True, HAS_MASS,
+            top, rest, at, outer_top, outer_rest, outer_at, True,
         )  # fmt: skip
 
     top, rest, column = join(top, rest, at, lanes, scale)
     log_total = log1p(rest)
-    if HAS_MASS:
+    if inside_ptr is not None:
         outer_top, outer_rest, outer_column = join(outer_top, outer_rest, outer_at, lanes, scale)
         outer_log_total = log1p(outer_rest)
         # y = log (outside / inside); log_mass = -log(1 + exp(y)); the sum of both from the side that has more

@@ -5,19 +5,11 @@ One row holds draft logits z and target logits t over the draft vocabulary; scal
     log q  = z_scale * (z - draft_top)  - draft_log_total        log p = log pt + log_mass
     log pt = t_scale * (t - target_top) - target_log_total
 
-    saved               what it is                                                     gradient with respect to z
-    draft_top           the largest z
-    draft_log_total     log sum exp(z_scale * (z - draft_top)), >= 0
-    target_top          the largest t; -inf: a row without an answer                   none, the target is constant
-    target_log_total    the same sum of t
-    log_mass            log sum p over the draft vocabulary, <= 0
-    log_acceptance      log alpha = log sum min(p, q); -inf without an answer          w r - sigma q
-    sigma               sum w r, in [0, 1]; 0 without an answer
-    kl                  KL(pt || q); 0 without an answer                               q - pt
-    top_log_acceptance  w r - sigma q in the column of draft_top
-    top_kl              q - pt in that column
-    draft_argmax        that column, the lowest if it is not unique                    none
-    target_argmax       the same of t, if asked for                                    none
+    base, in rows of its own     draft_top, draft_log_total, target_top, target_log_total, log_mass
+    values, saved of each term   its value; sigma, and top (see `fused_lk.rows.interface` for all three)
+    draft_argmax, target_argmax  the columns of the largest z and t, the lowest if it is not unique
+
+Without an answer target_top is -inf, and all that is saved of the terms is 0.
 
     r = exp(min(log q, log p) - log alpha);  w = 1 where q < p, 0 where q > p, a ramp of half width TIE between
 
@@ -48,20 +40,7 @@ from .online_softmax import (
 
 @triton.jit
 def _first_pass(
-    z_ptr,
-    t_ptr,
-    start,
-    lanes,
-    n_cols,
-    z_scale,
-    t_scale,
-    z_top,
-    z_rest,
-    z_at,
-    t_top,
-    t_rest,
-    t_at,
-    MASKED: tl.constexpr,
+    z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_top, z_rest, z_at, t_top, t_rest, t_at, MASKED: tl.constexpr
 ):
     z = load_logits(z_ptr, start + lanes, n_cols, MASKED, z_top.dtype)
     t = load_logits(t_ptr, start + lanes, n_cols, MASKED, z_top.dtype)
@@ -72,100 +51,63 @@ def _first_pass(
 
 @triton.jit
 def _second_pass(
-    z_ptr,
-    t_ptr,
-    offs_v,
-    n_cols,
-    z_scale,
-    t_scale,
-    z_top,
-    z_log_total,
-    t_top,
-    t_log_total,
-    log_mass,
-    z_column,
-    top,
-    alpha,
-    sigma,
-    kl,
-    MASKED: tl.constexpr,
-    TIE: tl.constexpr,
-):
+    z_ptr, t_ptr, offs_v, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass, z_column,
+    top, alpha, sigma, kl,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
+):  # fmt: skip
     z = load_logits(z_ptr, offs_v, n_cols, MASKED, top.dtype)
     t = load_logits(t_ptr, offs_v, n_cols, MASKED, top.dtype)
     log_q = log_prob(z, z_top, z_log_total, z_scale)
     log_pt = log_prob(t, t_top, t_log_total, t_scale)
-    log_p = log_pt + log_mass
-    smaller = tl.where(log_q < log_p, log_q, log_p)
-    w = tie_ramp(log_q, log_p, smaller, TIE)
-    smaller = tl.where(offs_v == z_column, float("-inf"), smaller)
-    bigger = smaller > top
-    step = tl.exp(-tl.abs(smaller - top))
-    alpha = tl.where(bigger, alpha * step + 1.0, alpha + step)
-    sigma = tl.where(bigger, sigma * step + w, sigma + w * step)
-    top = tl.where(bigger, smaller, top)
-    # Where pt is 0 the logarithm may be -inf, or -inf - (-inf).
-    pt = tl.exp(log_pt)
-    kl += tl.where(pt > 0, pt * (log_pt - log_q), 0.0)
+    if LOG_ACCEPTANCE >= 0:
+        log_p = log_pt + log_mass
+        smaller = tl.where(log_q < log_p, log_q, log_p)
+        w = tie_ramp(log_q, log_p, smaller, TIE)
+        smaller = tl.where(offs_v == z_column, float("-inf"), smaller)
+        bigger = smaller > top
+        step = tl.exp(-tl.abs(smaller - top))
+        alpha = tl.where(bigger, alpha * step + 1.0, alpha + step)
+        sigma = tl.where(bigger, sigma * step + w, sigma + w * step)
+        top = tl.where(bigger, smaller, top)
+    if KL >= 0:
+        # Where pt is 0 the logarithm may be -inf, or -inf - (-inf).
+        pt = tl.exp(log_pt)
+        kl += tl.where(pt > 0, pt * (log_pt - log_q), 0.0)
     return top, alpha, sigma, kl
 
 
+@triton.jit
+def _store(
+    values_ptr, values_stride, saved_ptr, saved_stride, term_stride, TERM: tl.constexpr,
+    value, sigma, top, nan, supported, without_answer,
+):  # fmt: skip
+    """Write the results of one term for this row; `nan` is NaN if they have to be."""
+    saved_ptr += TERM * term_stride
+    tl.store(values_ptr + TERM * values_stride, tl.where(supported, value + nan, without_answer))
+    tl.store(saved_ptr, tl.where(supported, sigma + nan, 0.0))
+    tl.store(saved_ptr + saved_stride, tl.where(supported, top + nan, 0.0))
+
+
 @triton.jit(
+    do_not_specialize=["base_stride", "values_stride", "saved_stride", "term_stride"],
     do_not_specialize_on_alignment=[
-        "t_index_ptr",
-        "normalizer_ptr",
-        "draft_top_ptr",
-        "draft_log_total_ptr",
-        "target_top_ptr",
-        "target_log_total_ptr",
-        "log_mass_ptr",
-        "log_acceptance_ptr",
-        "sigma_ptr",
-        "top_log_acceptance_ptr",
-        "top_kl_ptr",
-        "draft_argmax_ptr",
-        "kl_ptr",
+        *("t_index_ptr", "normalizer_ptr", "base_ptr", "values_ptr", "saved_ptr", "draft_argmax_ptr"),
         "target_argmax_ptr",
-    ]
+    ],
 )
 def row_stats_kernel(
-    z_ptr,
-    z_row_stride,
-    t_ptr,
-    t_row_stride,
-    t_index_ptr,
-    normalizer_ptr,
-    draft_top_ptr,
-    draft_log_total_ptr,
-    target_top_ptr,
-    target_log_total_ptr,
-    log_mass_ptr,
-    log_acceptance_ptr,
-    sigma_ptr,
-    top_log_acceptance_ptr,
-    top_kl_ptr,
-    draft_argmax_ptr,
-    kl_ptr,
-    target_argmax_ptr,
-    n_cols,
-    z_scale_high,
-    z_scale_low,
-    t_scale_high,
-    t_scale_low,
-    rounding,
-    HAS_INDEX: tl.constexpr,
-    HAS_NORMALIZER: tl.constexpr,
-    IS_MASS: tl.constexpr,
-    HAS_TARGET_ARGMAX: tl.constexpr,
-    ACC: tl.constexpr,
-    TIE: tl.constexpr,
-    EXCESS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One program per row of z; it is scored against row `t_index[row]` of t, or its own."""
+    z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr,
+    base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
+    draft_argmax_ptr, target_argmax_ptr,
+    n_cols, z_scale_high, z_scale_low, t_scale_high, t_scale_low, rounding,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, IS_MASS: tl.constexpr,
+    ACC: tl.constexpr, TIE: tl.constexpr, EXCESS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row of z; it is scored against row `t_index[row]` of t, or its own. A term is
+    compiled if its number, its row of values and saved, is not -1."""
     row = tl.program_id(0).to(tl.int64)
     t_row = row
-    if HAS_INDEX:
+    if t_index_ptr is not None:
         t_row = tl.load(t_index_ptr + row).to(tl.int64)
     z_ptr += row * z_row_stride
     t_ptr += t_row * t_row_stride
@@ -194,20 +136,22 @@ def row_stats_kernel(
     z_log_total, t_log_total = log1p(z_rest), log1p(t_rest)
     log_mass = tl.zeros([], ACC)
     excessive = log_mass > 0
-    if HAS_NORMALIZER:
+    if normalizer_ptr is not None:
         log_mass = tl.load(normalizer_ptr + row).to(ACC)
         if not IS_MASS:
             largest = EXCESS + rounding * (tl.abs(t_top * t_scale) + tl.abs(log_mass))
             log_mass = (t_top * t_scale - log_mass) + t_log_total
             excessive = log_mass > largest
         log_mass = tl.where(supported, log_mass, 0.0)
-    tl.store(draft_top_ptr + row, z_top)
-    tl.store(draft_log_total_ptr + row, z_log_total)
-    tl.store(target_top_ptr + row, tl.where(supported, t_top, float("-inf")))
-    tl.store(target_log_total_ptr + row, t_log_total)
-    tl.store(log_mass_ptr + row, log_mass)
+    base_ptr += row
+    base_stride = base_stride.to(tl.int64)
+    tl.store(base_ptr, z_top)
+    tl.store(base_ptr + base_stride, z_log_total)
+    tl.store(base_ptr + 2 * base_stride, tl.where(supported, t_top, float("-inf")))
+    tl.store(base_ptr + 3 * base_stride, t_log_total)
+    tl.store(base_ptr + 4 * base_stride, log_mass)
     tl.store(draft_argmax_ptr + row, z_column.to(tl.int64))
-    if HAS_TARGET_ARGMAX:
+    if target_argmax_ptr is not None:
         tl.store(target_argmax_ptr + row, t_column.to(tl.int64))
 
     # Comparisons drop NaN; one anywhere in the row, or a target that sums to more than 1, has to reach all results.
@@ -218,42 +162,49 @@ def row_stats_kernel(
     for start in range(0, whole, BLOCK_V):
         top, alpha, sigma, kl = _second_pass(
             z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass,
-            z_column, top, alpha, sigma, kl, False, TIE,
+            z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, False, TIE,
         )  # fmt: skip
     if whole < n_cols:
         top, alpha, sigma, kl = _second_pass(
             z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass,
-            z_column, top, alpha, sigma, kl, True, TIE,
+            z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, True, TIE,
         )  # fmt: skip
-    highest = tl.max(top, 0)
-    rescale = tl.exp(top - highest)
-    sum_sigma = tl.sum(sigma * rescale, 0)
-    log_rest = highest + tl.log(tl.sum(alpha * rescale, 0))
 
     # The column of the draft's maximum.
     log_q = -z_log_total
     log_pt = log_prob(tl.load(t_ptr + z_column.to(tl.int64)).to(ACC), t_top, t_log_total, t_scale)
-    log_p = log_pt + log_mass
     not_q = z_rest / (1.0 + z_rest)
-    width = tl.maximum(tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)
-    difference = tl.where(log_p == float("-inf"), -1.0, (log_p - log_q) / width)
-    w = 0.5 + 0.5 * tl.minimum(tl.maximum(difference, -1.0), 1.0)
-    smaller = tl.minimum(log_q, log_p)
-
-    missed = tl.maximum(-expm1(smaller) - tl.exp(log_rest), 0.0)  # 1 - alpha
-    larger = tl.maximum(smaller, log_rest)
-    possible = larger > float("-inf")
-    base = tl.where(possible, larger, 0.0)
-    log_alpha = base + tl.log(tl.exp(smaller - base) + tl.exp(log_rest - base))
-    log_alpha = tl.where(missed < 0.5, log1p(-tl.minimum(missed, 0.5)), log_alpha)
-    base = tl.where(possible, log_alpha, 0.0)
-    w_r = w * tl.exp(tl.minimum(smaller - base, 0.0))
-    w_r_rest = sum_sigma * tl.exp(tl.minimum(highest - base, 0.0))
-    top_log_acceptance = w_r * not_q - w_r_rest / (1.0 + z_rest)
 
     nan = tl.where(broken, float("nan"), 0.0).to(ACC)
-    tl.store(log_acceptance_ptr + row, tl.where(supported, log_alpha + nan, float("-inf")))
-    tl.store(sigma_ptr + row, tl.where(supported, w_r + w_r_rest + nan, 0.0))
-    tl.store(kl_ptr + row, tl.where(supported, tl.sum(kl, 0) + nan, 0.0))
-    tl.store(top_log_acceptance_ptr + row, tl.where(supported, top_log_acceptance + nan, 0.0))
-    tl.store(top_kl_ptr + row, tl.where(supported, -expm1(log_pt) - not_q + nan, 0.0))
+    values_ptr += row
+    saved_ptr += row
+    values_stride, saved_stride = values_stride.to(tl.int64), saved_stride.to(tl.int64)
+    term_stride = term_stride.to(tl.int64)
+    if LOG_ACCEPTANCE >= 0:
+        highest = tl.max(top, 0)
+        rescale = tl.exp(top - highest)
+        sum_sigma = tl.sum(sigma * rescale, 0)
+        log_rest = highest + tl.log(tl.sum(alpha * rescale, 0))
+        log_p = log_pt + log_mass
+        width = tl.maximum(tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)
+        difference = tl.where(log_p == float("-inf"), -1.0, (log_p - log_q) / width)
+        w = 0.5 + 0.5 * tl.minimum(tl.maximum(difference, -1.0), 1.0)
+        smaller = tl.minimum(log_q, log_p)
+        missed = tl.maximum(-expm1(smaller) - tl.exp(log_rest), 0.0)  # 1 - alpha
+        larger = tl.maximum(smaller, log_rest)
+        possible = larger > float("-inf")
+        base = tl.where(possible, larger, 0.0)
+        log_alpha = base + tl.log(tl.exp(smaller - base) + tl.exp(log_rest - base))
+        log_alpha = tl.where(missed < 0.5, log1p(-tl.minimum(missed, 0.5)), log_alpha)
+        base = tl.where(possible, log_alpha, 0.0)
+        w_r = w * tl.exp(tl.minimum(smaller - base, 0.0))
+        w_r_rest = sum_sigma * tl.exp(tl.minimum(highest - base, 0.0))
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, LOG_ACCEPTANCE,
+            log_alpha, w_r + w_r_rest, w_r * not_q - w_r_rest / (1.0 + z_rest), nan, supported, float("-inf"),
+        )  # fmt: skip
+    if KL >= 0:
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, KL,
+            tl.sum(kl, 0), -1.0, -expm1(log_pt) - not_q, nan, supported, 0.0,
+        )  # fmt: skip

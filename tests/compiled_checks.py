@@ -19,12 +19,13 @@ from fused_lk.kernels import autotune, launch
 import fused_lk
 from bench import compile_report as report
 from bench import machine_code, offline
-from fused_lk.rows.interface import LogitRows, Normalizer, RowStats
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer
+from fused_lk.walk.plan import empty_statistics
 
 ARCHS = [arch for arch, card in offline.CARDS.items() if card.since <= offline.TRITON]
 NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
 BF16, FP32 = torch.bfloat16, torch.float32
-ALL = {name: options for name, (_, options) in report.KERNELS.items()}
+ALL = {name: (*options, *terms) for name, (_, options, terms) in report.KERNELS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -97,8 +98,8 @@ def test_breaches_are_found():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_row_offsets_are_64_bits_wide(arch):
     """Every pointer that moves by rows does so by an int64; columns stay int32."""
-    for name, (used, options) in report.KERNELS.items():
-        kernel, _ = report.compile_case(report.Case(name, (BF16,) * used, options, "aligned"), arch)
+    for name, (used, *_) in report.KERNELS.items():
+        kernel, _ = report.compile_case(report.Case(name, (BF16,) * used, ALL[name], "aligned"), arch)
         ttir = kernel.asm["ttir"]
         moves = re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (i\d+)", ttir)
         assert moves
@@ -116,12 +117,12 @@ def tile(rows, size, dtype=BF16):
 def launch_all(n, size, at=0):
     """The three kernels on `n` rows, the statistics from element `at` on."""
     z, t = tile(n, size), tile(n, size)
-    out = RowStats.empty(n + at, FP32, z.device, True).rows(at, n + at)
+    out = empty_statistics(n + at, TERMS, FP32, z.device, True).rows(at, n + at)
     vector, index = torch.zeros(n + at)[at:], torch.zeros(n + at, dtype=torch.long)[at:]
     launch.lse_argmax(z, 1.0, torch.zeros(size, dtype=torch.bool), vector, vector, out.draft_argmax)
-    rows = LogitRows(z, t, index, 1.0, 0.5, first_column=at)
-    launch.stats(rows, Normalizer(vector, False, 0.0), out)
-    launch.gradient(rows, out, vector, vector, z)
+    rows = LogitRows(z, t, index, Normalizer(vector, False, 0.0), 1.0, 0.5, first_column=at)
+    launch.stats(rows, TERMS, out)
+    launch.gradient(rows, TERMS, out, torch.zeros(len(TERMS), n + at)[:, at:], z)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -26,6 +26,7 @@ class Problem:
     bias: Tensor | None
     target: fused_lk.Target
     options: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)  # the arguments of its `pairs`, if it has any
 
     def leaves(self, hidden: bool = True, head: bool = True) -> tuple[list[Tensor], Tensor, Tensor | None]:
         sources = [x.detach().clone().requires_grad_(hidden) for x in self.sources]
@@ -123,7 +124,7 @@ def make_problem(
 
     vocab = make_vocab(target_size, draft_size, generator)
     target = make_target(kind, num_tokens, vocab, dtype, generator, **(target_options or {}))
-    steps = 3
+    steps, arguments = 3, {}
     if work == "identity":
         shape: tuple[int, ...] = (2, num_tokens // 2) if stacked else (num_tokens,)
     else:
@@ -132,14 +133,14 @@ def make_problem(
         rows = torch.arange(num_tokens).unsqueeze(0) + (0 if work == "weighted" else step)
         weights = torch.rand(shape, dtype=torch.float64, generator=generator)
         kept = torch.rand(shape, generator=generator) > 0.3
-        options = {
+        arguments = {
             "mask": (weights * kept).to(torch.promote_types(dtype, torch.float32)),
             "target_rows": torch.where(rows < num_tokens, rows, -1).expand(shape).contiguous(),
             "positions": step.expand(shape).contiguous(),
             "num_positions": steps,
-            **({"skip_masked": False} if work == "kept" else {}),
-            **options,
+            "skip_masked": work != "kept",
         }
+        options = {"pairs": fused_lk.Pairs(**arguments), **options}
     hidden = randn(*shape, hidden_size)
     return Problem(
         sources=list(hidden) if stacked else [hidden],
@@ -148,6 +149,7 @@ def make_problem(
         bias=randn(draft_size) if bias else None,
         target=target,
         options=options,
+        rows=arguments,
     )
 
 

@@ -187,10 +187,10 @@ def test_backward_inside_the_region(plan, by):
     size = 8 if by == "rows" else 2 * TOKENS
     hidden, weight = (torch.randn(n, H, generator=generator, requires_grad=True) for n in (TOKENS, size))
     target = fused_lk.Target.from_logits(torch.randn(TOKENS, size, generator=generator))
-    rows = torch.arange(TOKENS).flip(0).contiguous()  # gathered and scattered, not in order
+    pairs = fused_lk.Pairs(target_rows=torch.arange(TOKENS).flip(0))  # gathered and scattered, not in order
 
     def run(inside):
-        loss = fused_lk.lk_loss(hidden, weight, target, objective="tv", target_rows=rows, plan=plan).loss
+        loss = fused_lk.lk_loss(hidden, weight, target, objective="tv", pairs=pairs, plan=plan).loss
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             return torch.autograd.grad(loss, (hidden, weight))
 

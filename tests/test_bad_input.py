@@ -19,6 +19,7 @@ from refusals import INF, NAN, V_TARGET, Given, H, K, N, V, elsewhere, from_hidd
 
 import fused_lk
 from fused_lk import DraftVocab, Pairs, Target
+from fused_lk.impls import row_ops
 
 ENTRIES = {
     "lk_loss": fused_lk.lk_loss,
@@ -87,24 +88,14 @@ CALLS = [
     ("mask: shape", lambda g: {"mask": g.mask[1:]}, ValueError, r"mask of shape \(6,\)"),
     ("mask: dtype", lambda g: {"mask": g.mask.to(torch.complex64)}, TypeError, "mask of dtype bool"),
     ("mask: integers", lambda g: {"mask": g.rows}, ValueError, "an integer mask of 0 and 1"),
-    ("mask: kept weights", lambda g: {"mask": -g.mask, "skip_masked": False}, ValueError, "finite and >= 0"),
-    ("mask: kept integers", lambda g: {"mask": g.rows, "skip_masked": False}, ValueError, "an integer mask of 0"),
     ("mask: device", lambda g: {"mask": elsewhere(N)}, ValueError, "mask on cpu"),
     ("mask: no tensor", lambda g: {"mask": [True] * N}, TypeError, "mask to be a torch.Tensor"),
     ("mask: negative", lambda g: {"mask": g.mask.index_fill(0, torch.tensor([2]), -1)}, ValueError, "finite and >= 0"),
     ("mask: NaN", lambda g: {"mask": g.mask.index_fill(0, torch.tensor([2]), NAN)}, ValueError, "finite and >= 0"),
     ("mask: inf", lambda g: {"mask": g.mask.index_fill(0, torch.tensor([2]), INF)}, ValueError, "finite and >= 0"),
-    ("rows: too large", lambda g: {"target_rows": g.rows + 1}, ValueError, "target_rows below 6"),
-    ("rows: kept", lambda g: {"target_rows": g.rows - 1, "skip_masked": False}, ValueError, "target_rows >= -1"),
-    ("rows: kept, far", lambda g: {"target_rows": g.rows + 1, "skip_masked": False}, ValueError, "target_rows below 6"),
-    ("rows: below -1", lambda g: {"target_rows": g.rows - 1}, ValueError, "target_rows >= -1"),
-    ("rows: dtype", lambda g: {"target_rows": g.rows.int()}, TypeError, "target_rows of dtype int64"),
-    ("rows: shape", lambda g: {"target_rows": g.rows.view(2, 3)}, ValueError, r"target_rows of shape \(6,\)"),
-    ("rows: device", lambda g: {"target_rows": elsewhere(N, dtype=torch.long)}, ValueError, "target_rows on cpu"),
     ("pairs: no Pairs", lambda g: {"pairs": [(0, 0)]}, TypeError, "pairs to be a fused_lk.Pairs"),
     ("pairs: shape", lambda g: {"pairs": Pairs(g.mask[1:])}, ValueError, "pairs of the draft's shape"),
-    ("pairs: beside mask", lambda g: {"pairs": Pairs(g.mask), "mask": g.mask}, ValueError, "pairs beside mask"),
-    ("pairs: beside rows", lambda g: {"pairs": Pairs(), "target_rows": g.rows}, ValueError, "beside target_rows"),
+    ("pairs: beside mask", lambda g: {"pairs": Pairs(g.mask), "mask": g.mask}, ValueError, "mask or pairs, not both"),
     (
         "pairs: device",
         lambda g: {"pairs": Pairs(elsewhere(N, dtype=torch.bool), skip_masked=False)},
@@ -112,13 +103,18 @@ CALLS = [
         "pairs on cpu",
     ),
     ("pairs: too far", lambda g: {"pairs": Pairs(target_rows=g.rows + 1)}, ValueError, "target_rows below 6"),
+    (
+        "pairs: kept, too far",
+        lambda g: {"pairs": Pairs(target_rows=g.rows + 1, skip_masked=False)},
+        ValueError,
+        "target_rows below 6",
+    ),
     ("temperature 0", lambda g: {"draft_temperature": 0.0}, ValueError, "draft_temperature to be a finite number > 0"),
     ("temperature < 0", lambda g: {"draft_temperature": -1}, ValueError, "draft_temperature"),
     ("temperature NaN", lambda g: {"draft_temperature": NAN}, ValueError, "draft_temperature"),
     ("temperature: tensor", lambda g: {"draft_temperature": torch.ones(1)}, TypeError, "draft_temperature"),
     ("impl", lambda g: {"impl": "cuda"}, ValueError, "impl to be one of 'auto', 'triton', 'torch', 'reference'"),
     ("impl: array", lambda g: {"impl": np.array(["auto", "torch"])}, ValueError, "impl to be one of"),
-    ("skip_masked", lambda g: {"skip_masked": "no"}, TypeError, "skip_masked to be True or False"),
     ("impl: no name", lambda g: {"impl": None}, ValueError, "impl to be one of"),
     ("workspace 0", lambda g: {"workspace_mb": 0}, ValueError, "workspace_mb to be a finite number > 0"),
     ("workspace < 0", lambda g: {"workspace_mb": -1.0}, ValueError, "workspace_mb"),
@@ -173,33 +169,6 @@ CALLS = [
     ("denominator: device", lambda g: {"denominator": elsewhere(1)}, ValueError, "denominator on cpu"),
     ("denominator: tensor < 0", lambda g: {"denominator": torch.tensor([-2.0])}, ValueError, "denominator .*> 0"),
     ("denominator: tensor NaN", lambda g: {"denominator": torch.tensor([NAN])}, ValueError, "denominator .*> 0"),
-    ("positions alone", lambda g: {"positions": g.positions}, ValueError, "num_positions with positions"),
-    ("positions: far", lambda g: {"positions": g.positions, "num_positions": 1}, ValueError, r"positions in \[0, 1\)"),
-    ("positions: < 0", lambda g: {"positions": g.positions - 1, "num_positions": 2}, ValueError, "positions in"),
-    ("positions: dtype", lambda g: {"positions": g.mask, "num_positions": 2}, TypeError, "positions of dtype int64"),
-    (
-        "positions: shape",
-        lambda g: {"positions": g.positions[1:], "num_positions": 2},
-        ValueError,
-        "positions of shape",
-    ),
-    ("num_positions 0", lambda g: {"positions": g.positions, "num_positions": 0}, ValueError, "a positive int"),
-    ("num_positions: float", lambda g: {"num_positions": 2.0}, TypeError, "a positive int"),
-    ("num_positions: bool", lambda g: {"num_positions": True}, TypeError, "a positive int"),
-    ("num_positions alone", lambda g: {"num_positions": 2}, ValueError, "positions with num_positions > 1"),
-    (
-        "num_positions of a list",
-        lambda g: {"draft_hidden": [g.hidden[:3], g.hidden[3:]], "num_positions": 3},
-        ValueError,
-        "num_positions=2, one per tensor of the list",
-    ),
-    (
-        "num_positions of a list of logits",
-        lambda g: {"draft_logits": [g.logits[:3], g.logits[3:]], "num_positions": 3},
-        ValueError,
-        "num_positions=2, one per tensor of the list",
-    ),
-    ("pairs: beside positions", lambda g: {"pairs": Pairs(), "num_positions": 2}, ValueError, "beside num_positions"),
 ]
 
 
@@ -256,11 +225,10 @@ def test_every_row_is_tried():
 def test_the_unchanged_calls_are_good():
     """Everything that the tables change has a good value, and none of it is a reason to refuse."""
     given = Given()
-    work = {"mask": given.mask, "target_rows": given.rows}
-    rich = {**work, "positions": given.positions, "num_positions": K, "kl_weight": torch.tensor([0.0, 1.0])}
+    pairs = {"pairs": Pairs(given.mask, given.rows, given.positions, K)}
     for entry, call in ENTRIES.items():
-        options = rich if "positions" in inspect.signature(call).parameters else work
-        for more in ({}, {"pairs": Pairs(given.mask)}, options, {"workspace_mb": 1, "draft_temperature": 2}):
+        rich = {"kl_weight": torch.tensor([0.0, 1.0])} if "kl_weight" in inspect.signature(call).parameters else {}
+        for more in ({}, {"mask": given.mask}, {**pairs, **rich}, {"workspace_mb": 1, "draft_temperature": 2}):
             call(**given.arguments(entry), **more)
     fused_lk.lk_loss(given.hidden, given.weight, given.target, bias=given.bias, denominator=torch.tensor([3]))
     known = {"log_normalizer": given.mask, "token_ids": given.rows.clamp(min=0)}
@@ -271,13 +239,12 @@ def test_the_unchanged_calls_are_good():
     Target.from_topk(given.ids, given.log_probs, given.vocab)
     assert torch.equal(DraftVocab(given.t2d, given.d2t).target_ids, given.vocab.target_ids)
     assert torch.equal(DraftVocab.from_d2t(given.d2t, V_TARGET).t2d, given.t2d)
-    Pairs(given.mask, given.rows, given.positions, K)
 
 
 def test_a_pair_outside_the_targets_own_mask():
     given = Given()
     target = from_hidden(given, mask=torch.tensor([True] * 5 + [False]))
-    for work in ({}, {"target_rows": given.rows}, {"pairs": Pairs(given.mask)}):
+    for work in ({}, {"pairs": Pairs(None, given.rows)}, {"pairs": Pairs(given.mask)}):
         call = lambda work=work: fused_lk.lk_loss(given.hidden, given.weight, target, **work)  # noqa: E731
         refuse(given, call, work, ValueError, r"inside the target's own mask; got 1 pair\(s\) outside")
 
@@ -300,6 +267,7 @@ def test_kl_scale_above_one_warns_and_names_the_caller():
 
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # what `import triton` then finds is an ImportError
+    row_ops.cache_clear()  # of what earlier tests found
     given = Given()
     for entry, call in ENTRIES.items():
         arguments = given.arguments(entry)

@@ -131,6 +131,14 @@ OBJECTS = [
     ("pairs: meta", lambda g: Pairs(meta(N)), ValueError, "mask to have contents"),
     ("pairs: skip_masked", lambda g: Pairs(g.mask, skip_masked=0), TypeError, "skip_masked to be True or False"),
     ("pairs: kept weights", lambda g: Pairs(-g.mask, skip_masked=False), ValueError, "finite and >= 0"),
+    ("pairs: kept integers", lambda g: Pairs(g.rows, skip_masked=False), ValueError, "an integer mask of 0"),
+    ("pairs: rows dtype", lambda g: Pairs(None, g.rows.int()), TypeError, "target_rows of dtype int64"),
+    ("pairs: positions < 0", lambda g: Pairs(None, None, g.positions - 1, 2), ValueError, "positions in"),
+    ("pairs: positions dtype", lambda g: Pairs(None, None, g.mask, 2), TypeError, "positions of dtype int64"),
+    ("pairs: positions shape", lambda g: Pairs(g.mask, None, g.positions[1:], 2), ValueError, "positions of shape"),
+    ("pairs: num_positions 0", lambda g: Pairs(None, None, g.positions, 0), ValueError, "a positive int"),
+    ("pairs: num_positions float", lambda g: Pairs(num_positions=2.0), TypeError, "a positive int"),
+    ("pairs: num_positions bool", lambda g: Pairs(num_positions=True), TypeError, "a positive int"),
     ("pairs: kept rows", lambda g: Pairs(None, g.rows - 1, skip_masked=False), ValueError, "target_rows >= -1"),
     (
         "pairs: kept positions",
@@ -153,14 +161,13 @@ OBJECTS = [
     ("pairs: positions", lambda g: Pairs(positions=g.positions, num_positions=1), ValueError, r"in \[0, 1\)"),
     ("pairs: how many", lambda g: Pairs(positions=g.positions), ValueError, "num_positions with positions"),
     ("module: objective", lambda g: fused_lk.LKLoss("nll"), ValueError, "objective to be one of"),
-    ("module: input", lambda g: fused_lk.LKLoss(mask=g.mask), TypeError, "options of lk_loss"),
     ("module: impl", lambda g: fused_lk.LKLoss(impl="cuda"), ValueError, "impl to be one of"),
     ("module: plan", lambda g: fused_lk.LKLoss(plan="fast"), ValueError, "plan to be one of"),
     ("module: impossible plan", lambda g: loss(g, plan="one_pass"), ValueError, "without kl_weight"),
     ("module: workspace", lambda g: fused_lk.LKLoss(workspace_mb=0), ValueError, "workspace_mb"),
     ("module: T", lambda g: fused_lk.LKLoss(draft_temperature=0), ValueError, "draft_temperature"),
     ("module: dtype", lambda g: fused_lk.LKLoss(logits_dtype="half"), ValueError, "logits_dtype to be"),
-    ("module: pairs beside", lambda g: loss(g, pairs=Pairs(), mask=g.mask), ValueError, "pairs beside mask"),
+    ("module: pairs beside", lambda g: loss(g, pairs=Pairs(), mask=g.mask), ValueError, "mask or pairs, not both"),
 ]
 
 
@@ -183,3 +190,8 @@ def swapped(given):
 def test_objects(call, error, match):
     given = Given()
     refuse(given, lambda: call(given), (), error, match)
+
+
+def test_a_module_has_no_option_for_what_a_batch_brings():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        fused_lk.LKLoss(mask=Given().mask)

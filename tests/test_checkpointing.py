@@ -116,16 +116,19 @@ def test_accumulation_by_position():
     draft = Draft().eval()
     x, states, head, mask = make_batch()
     positions = torch.arange(TOKENS) % 3
-    rows = {"positions": positions, "num_positions": 3, "mask": mask}
+
+    def pairs(rows):
+        return fused_lk.Pairs(mask[rows], positions=positions[rows], num_positions=3)
+
     target = fused_lk.Target.from_hidden(states, head)
-    whole = fused_lk.lk_loss(draft.body(x), draft.head.weight, target, position_decay=0.8, **rows)
+    everything = pairs(slice(None))
+    whole = fused_lk.lk_loss(draft.body(x), draft.head.weight, target, position_decay=0.8, pairs=everything)
     whole.loss.backward()
     expected = draft.gradients()
     for part in (slice(0, 11), slice(11, TOKENS)):
-        of_part = {name: v[part] if isinstance(v, torch.Tensor) else v for name, v in rows.items()}
         fused_lk.lk_loss(
             draft.body(x[part]), draft.head.weight, fused_lk.Target.from_hidden(states[part], head),
-            kl_weight=whole.kl_weight, denominator=whole.weight_sum, position_decay=0.8, **of_part,
+            kl_weight=whole.kl_weight, denominator=whole.weight_sum, position_decay=0.8, pairs=pairs(part),
         ).loss.backward()  # fmt: skip
     assert_same([g for g in draft.gradients() if g is not None], [g for g in expected if g is not None])
 

@@ -10,7 +10,7 @@ from refusals import INF, NAN, Given, H, K, N, V, from_hidden, meta, refuse
 
 import fused_lk
 from fused_lk import DraftVocab, LKLoss, Pairs, Target, checks
-from fused_lk.options import LossOptions
+from fused_lk.reduction import LossOptions
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -34,7 +34,7 @@ def test_counts_as_denominators():
         )
         for count in counts:
             assert torch.equal(loss(given, denominator=count, impl=impl).loss, expected), count
-        work = {"positions": given.positions, "num_positions": K, "impl": impl}
+        work = {"pairs": Pairs(positions=given.positions, num_positions=K), "impl": impl}
         per_position = loss(given, denominator=torch.tensor([3, 4]), **work)
         assert torch.equal(per_position.loss, loss(given, denominator=torch.tensor([3.0, 4.0]), **work).loss)
 
@@ -81,8 +81,8 @@ def test_pairs_keep_nothing_of_the_callers(work, skip_masked):
 def test_integer_masks_are_masks(dtype, skip_masked):
     given = Given()
     kept = given.mask > 0
-    got = loss(given, mask=kept.to(dtype), skip_masked=skip_masked)
-    assert_outputs_agree(got, loss(given, mask=kept, skip_masked=skip_masked), 0.0)
+    got, expected = (loss(given, pairs=Pairs(x, skip_masked=skip_masked)) for x in (kept.to(dtype), kept))
+    assert_outputs_agree(got, expected, 0.0)
     assert got.token_log_acceptance.dtype == torch.float32
     tokens = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.4
     anchors = torch.tensor([[0, 3], [-1, 5]])
@@ -129,26 +129,25 @@ def test_a_list_is_one_position_per_tensor():
     )
     positions = torch.arange(3).unsqueeze(1).expand(3, 4)
     mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) > 0.3
-    rows = torch.arange(12).view(3, 4).flip(1)
     logits = [torch.nn.functional.linear(x, weight, bias) for x in sources]
-    explicit = {"positions": positions, "num_positions": 3}
     for impl in ("torch", "reference"):
-        for work in ({}, {"mask": mask}, {"target_rows": rows}, {"mask": mask.double(), "skip_masked": False}):
-            options = {**work, "position_decay": 0.5, "impl": impl}
-            expected = fused_lk.lk_loss(torch.stack(sources), weight, target, bias=bias, **options, **explicit)
+        for weights in (None, mask, mask.double()):
+            options = {"position_decay": 0.5, "impl": impl}
+            pairs = Pairs(weights, positions=positions, num_positions=3)
+            expected = fused_lk.lk_loss(torch.stack(sources), weight, target, bias=bias, pairs=pairs, **options)
             assert expected.acceptance_rate.shape == (3,)
-            for more in ({}, {"num_positions": 3}, {"num_positions": np.int64(3)}, explicit):
+            for more in ({"mask": weights}, {"pairs": pairs}):
                 got = fused_lk.lk_loss(sources, weight, target, bias=bias, **options, **more)
                 assert_outputs_agree(got, expected, 1e-12)
                 got = fused_lk.lk_loss_from_logits(logits, target, **options, **more)
                 assert_outputs_agree(got, expected, 1e-9)
-            module = LKLoss(position_decay=0.5, impl=impl)(sources, weight, target, bias=bias, **work)
-            assert_outputs_agree(module, expected, 1e-12)
-            as_one = fused_lk.lk_loss(sources, weight, target, bias=bias, **options, num_positions=1)
-            of_tensor = fused_lk.lk_loss(torch.stack(sources), weight, target, bias=bias, **options)
+                module = LKLoss(**options)(sources, weight, target, bias=bias, **more)
+                assert_outputs_agree(module, expected, 1e-12)
+            one = Pairs(weights)  # says itself that there is one position
+            as_one = fused_lk.lk_loss(sources, weight, target, bias=bias, pairs=one, **options)
+            assert as_one.acceptance_rate.shape == (1,)
+            of_tensor = fused_lk.lk_loss(torch.stack(sources), weight, target, bias=bias, mask=weights, **options)
             assert_outputs_agree(as_one, of_tensor, 1e-12)
-    pairs = Pairs(mask)  # says itself that there is one position
-    assert fused_lk.lk_loss(sources, weight, target, bias=bias, pairs=pairs).acceptance_rate.shape == (1,)
     assert fused_lk.lk_loss(
         sources[:1], weight, Target.from_probs(torch.rand(4, 37).softmax(-1))
     ).acceptance_rate.shape == (1,)
@@ -177,10 +176,8 @@ def test_numbers_of_numpy(as_numpy):
     assert LKLoss(**options, workspace_mb=two)(given.hidden, given.weight, given.target).loss.isfinite()
     target = Target.from_logits(given.target_logits, given.vocab, temperature=two)
     assert type(target.temperature) is float
-    work = {"positions": given.positions, "num_positions": two}
     made = [
         lambda: Pairs(positions=given.positions, num_positions=two),
-        lambda: loss(given, **work),
         lambda: Pairs.ttt(given.mask.view(2, 3) > 0, two, one),
         lambda: Pairs.blocks(torch.zeros(2, 2).long(), two, given.mask.view(2, 3) > 0),
         lambda: DraftVocab.from_d2t(torch.zeros(1).long(), two),
@@ -199,7 +196,6 @@ def test_flags_of_numpy(yes):
     given = Given()
     assert from_hidden(given, cache=yes, renormalize=yes).renormalize is True
     assert Pairs(given.mask, skip_masked=yes).skip_masked is True
-    assert loss(given, skip_masked=yes).loss.isfinite()
     refuse(given, lambda: loss(given, eta=yes), (), TypeError, "eta to be a finite number")
     assert fused_lk.explain(2, 2, 2, frozen_head=yes).draft_gemms > 0
 
@@ -329,11 +325,11 @@ def test_what_may_rightly_be_there_when_asked(monkeypatch):
     kept = torch.arange(N) != 2
     from_hidden_kept = Target.from_hidden(spoilt(given.states, NAN), given.head, kept)
     for skip_masked in (True, False):
-        work = {"mask": kept, "skip_masked": skip_masked}
-        fused_lk.lk_loss(spoilt(given.hidden, NAN), given.weight, given.target, **work)
-        fused_lk.lk_loss(given.hidden, given.weight, from_hidden_kept, **work)
-        rows = torch.where(kept, torch.arange(N), -1)
-        fused_lk.lk_loss(given.hidden, given.weight, given.target, target_rows=rows, skip_masked=skip_masked)
+        pairs = Pairs(kept, skip_masked=skip_masked)
+        fused_lk.lk_loss(spoilt(given.hidden, NAN), given.weight, given.target, pairs=pairs)
+        fused_lk.lk_loss(given.hidden, given.weight, from_hidden_kept, pairs=pairs)
+        pairs = Pairs(target_rows=torch.where(kept, torch.arange(N), -1), skip_masked=skip_masked)
+        fused_lk.lk_loss(spoilt(given.hidden, NAN), given.weight, given.target, pairs=pairs)
     fused_lk.lk_loss_from_logits(spoilt(given.logits, -INF), given.target)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         logits = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -349,8 +345,12 @@ def test_a_targets_mask_and_pairs_that_are_kept():
     given = Given()
     kept = torch.arange(N) != 2
     target = from_hidden(given, mask=kept)
-    of = lambda **work: fused_lk.lk_loss(given.hidden, given.weight, target, skip_masked=False, **work)  # noqa: E731
+
+    def of(*arguments):
+        pairs = Pairs(*arguments, skip_masked=False)
+        return fused_lk.lk_loss(given.hidden, given.weight, target, pairs=pairs)
+
     expected = fused_lk.lk_loss(given.hidden, given.weight, target, mask=kept)
-    assert_outputs_agree(of(mask=kept), expected, 1e-6)
-    refuse(given, lambda: of(mask=kept | True), (), ValueError, r"got 1 pair\(s\) outside")
-    refuse(given, lambda: of(target_rows=torch.arange(N)), (), ValueError, r"got 1 pair\(s\) outside")
+    assert_outputs_agree(of(kept), expected, 1e-6)
+    refuse(given, lambda: of(kept | True), (), ValueError, r"got 1 pair\(s\) outside")
+    refuse(given, lambda: of(None, torch.arange(N)), (), ValueError, r"got 1 pair\(s\) outside")

@@ -213,7 +213,7 @@ def test_evaluation_allocates_nothing_for_gradients(impl, options, mode):
     assert not gradient_shapes & set(evaluated)
     _, trained = elements(torch.enable_grad, True)
     assert gradient_shapes <= set(trained)
-    tiles = [n for n in evaluated if len(n) == 1 and n[0] >= V_DRAFT + 1 and n[0] % 64 == 0]
+    tiles = [n for n in evaluated if len(n) == 2 and n[1] >= V_DRAFT + 1 and n[1] % 64 == 0]
     assert 0 < len(tiles) <= 2, "the draft's tile and the target's"
 
 

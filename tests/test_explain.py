@@ -1,12 +1,16 @@
-"""What `explain` tells is what calls do: its bytes and products against the accounting of real calls."""
+"""What `explain` tells is what calls do: its plan is theirs, and so are its bytes and products, by the accounting."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
 import fused_lk
 from bench.accounting import account, full_size
+from fused_lk.walk.plan import Plan
 
 N, H, V, FULL = 3072, 512, 8192, 12000
 TOLERANCE, SLACK = 0.03, 2**20  # of the peak, and in bytes
@@ -28,9 +32,25 @@ def compare(
     frozen=(),
     normalizer_given=False,
     logits_dtype="compute",
+    target_logits_dtype="compute",
     workspace_mb="auto",
 ):
-    """The explanation and the account of one step."""
+    """The explanation and the account of one step, whose plans are the same."""
+    arguments, plans, make = locals(), [], Plan.of
+    with mock.patch.object(Plan, "of", lambda *arguments: plans.append(make(*arguments)) or plans[-1]):
+        told, seen = _compare(**arguments)
+    ours, theirs = plans
+    assert replace(ours, facts=None, reasons=()) == replace(theirs, facts=None, reasons=())
+    assert ours.reasons[1:] == theirs.reasons[1:]
+    assert ours.layout.chunks == theirs.layout.chunks
+    assert replace(ours.facts, pairs=None, device=None) == replace(theirs.facts, pairs=None, device=None)
+    return told, seen
+
+
+def _compare(
+    kind, plan, impl, device, dtype, steps, tokens, vocab, shared, masked_share, frozen, normalizer_given, logits_dtype,
+    target_logits_dtype, workspace_mb, **_,
+):  # fmt: skip
     full = vocab if shared else vocab + 4096
     told = fused_lk.explain(
         tokens,
@@ -49,6 +69,7 @@ def compare(
         frozen_head="head" in frozen,
         frozen_hidden="hidden" in frozen,
         logits_dtype=logits_dtype,
+        target_logits_dtype=target_logits_dtype,
         workspace_mb=workspace_mb,
     )
     counts = torch.arange(tokens) >= round(masked_share * tokens)
@@ -62,18 +83,16 @@ def compare(
         weight = torch.empty(vocab, H, dtype=dtype).requires_grad_("head" not in frozen)
         states = torch.empty(tokens, H, dtype=dtype)
         head = fused_lk.TargetHead(torch.empty(full, H, dtype=dtype), draft_vocab)
-        given = torch.empty(tokens, full, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32) if target_logits_dtype == torch.float32 else dtype
+        given = torch.empty(tokens, full, dtype=wide)
+        of_hidden = {"impl": impl, "workspace_mb": workspace_mb, "logits_dtype": target_logits_dtype}
         topk = torch.empty(tokens, 5)
         known = {"log_normalizer": torch.empty(tokens), "token_ids": ids[:, 0]} if normalizer_given else {}
 
         def run():
             target = {
-                "hidden": lambda: fused_lk.Target.from_hidden(
-                    states, head, impl=impl, workspace_mb=workspace_mb, **known
-                ),
-                "cached": lambda: fused_lk.Target.from_hidden(
-                    states, head, impl=impl, workspace_mb=workspace_mb, cache=True
-                ),
+                "hidden": lambda: fused_lk.Target.from_hidden(states, head, **of_hidden, **known),
+                "cached": lambda: fused_lk.Target.from_hidden(states, head, **of_hidden, cache=True),
                 "logits": lambda: fused_lk.Target.from_logits(given, draft_vocab, impl=impl),
                 "probs": lambda: fused_lk.Target.from_probs(given[:, :vocab], draft_vocab),
                 "topk": lambda: fused_lk.Target.from_topk(ids, topk, full if shared else draft_vocab),
@@ -128,6 +147,13 @@ def test_targets(kind, shared, plan):
 @pytest.mark.parametrize("logits_dtype", ["compute", torch.float32])
 def test_dtypes(dtype, logits_dtype, plan):
     check(*compare(dtype=dtype, logits_dtype=logits_dtype, plan=plan))
+
+
+@PLANS
+@pytest.mark.parametrize("logits_dtype", ["compute", torch.float32])
+@pytest.mark.parametrize("kind", ["hidden", "cached", "logits"])
+def test_target_logits_in_float32(kind, logits_dtype, plan):
+    check(*compare(kind=kind, shared=False, logits_dtype=logits_dtype, target_logits_dtype=torch.float32, plan=plan))
 
 
 @PLANS
@@ -187,5 +213,5 @@ def test_pairs_in_hand():
     mask = torch.rand(4, 700, generator=torch.Generator().manual_seed(0)) > 0.5
     pairs = fused_lk.Pairs.ttt(mask, 3)
     told = fused_lk.explain(2800, H, V, ttt_steps=3, pairs=pairs, workspace_mb=8)
-    assert (told.num_pairs, told.num_targets) == (pairs.num_pairs, pairs.num_targets(8400))
+    assert (told.num_pairs, told.num_targets) == (pairs.num_pairs, pairs.num_targets)
     assert told.chunk_pairs * told.chunks >= told.num_pairs

@@ -196,9 +196,9 @@ def test_targets_without_an_answer(impl):
 @pytest.mark.parametrize("objective", ["kl", "tv", "alpha", "lambda"])
 def test_nothing_supervised(impl, skip_masked, objective):
     problem = make_problem(num_tokens=4)
-    mask = torch.zeros(4, dtype=torch.bool)
+    pairs = fused_lk.Pairs(torch.zeros(4, dtype=torch.bool), skip_masked=skip_masked)
     for plan in ("auto", "recompute"):
-        out, gradients = problem.run(impl=impl, mask=mask, skip_masked=skip_masked, objective=objective, plan=plan)
+        out, gradients = problem.run(impl=impl, pairs=pairs, objective=objective, plan=plan)
         assert out.loss == 0
         assert out.num_tokens.tolist() == [0]
         assert not any(g.any() for g in gradients)
@@ -212,14 +212,15 @@ def test_garbage_in_ignored_rows_never_leaks(impl, skip_masked, kind):
     clean = make_problem(kind=kind, num_tokens=6)
     dirty = make_problem(kind=kind, num_tokens=6)
     mask = torch.tensor([True, False, True, False, True, True])
+    pairs = fused_lk.Pairs(mask, skip_masked=skip_masked)
     garbage = torch.tensor([float("nan"), float("inf"), NEG_INF]).repeat(20)
     for x in (dirty.sources[0], *dirty.target.tiles.tensors()[:1]):
         x[~mask] = garbage[: x.shape[1]].double()
-    if dirty.target._normalizer is not None and kind != "probs":
-        dirty.target._normalizer.value[~mask] = float("nan")
+    if dirty.target.normalizer is not None and kind != "probs":
+        dirty.target.normalizer.value[~mask] = float("nan")
     for options in ({"objective": "alpha"}, {}, {"reduction": "none"}):
-        expected, expected_gradients = clean.run(impl=impl, mask=mask, skip_masked=skip_masked, **options)
-        out, gradients = dirty.run(impl=impl, mask=mask, skip_masked=skip_masked, **options)
+        expected, expected_gradients = clean.run(impl=impl, pairs=pairs, **options)
+        out, gradients = dirty.run(impl=impl, pairs=pairs, **options)
         assert torch.equal(out.loss, expected.loss)
         assert torch.equal(out.token_log_acceptance, expected.token_log_acceptance)
         for got, want in zip(gradients, expected_gradients, strict=True):

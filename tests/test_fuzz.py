@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fused_lk import reference
 from fused_lk.rows import plain
-from fused_lk.rows.interface import LogitRows, Normalizer, RowStats, tie_width
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, RowStats, tie_width
 
 NAN, NEG_INF = float("nan"), float("-inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,6 +85,7 @@ def rows_of_logits(draw, sizes):
     return {
         **{"z": z, "t": t, "index": index, "scales": scales, "generator": generator},
         "has_normalizer": draw(st.booleans(), label="normalizer"),
+        "terms": draw(st.sampled_from([TERMS, TERMS, TERMS[::-1], *((name,) for name in TERMS)]), label="terms"),
         "wants_target_argmax": draw(st.booleans(), label="target argmax"),
         "gap": draw(st.sampled_from([1, 8, 64]), label="gap"),
         "offset": draw(st.sampled_from([0, 1, 8]), label="offset"),
@@ -147,15 +148,10 @@ def test_row_operations(impl, data):
         layout["step"] = 2
     layout["column_major"] = case["columns"] == "column major"
 
-    def vector(values, **options):
-        guarded = Guarded(n, dtype=values.dtype, **options)
-        guarded.fill(values)
-        return guarded
-
     rows = t if index is None else t[index]
     lse = (rows.double() * scales[1]).logsumexp(1)
     normalizer = torch.where(lse > NEG_INF, lse + 0.3, NEG_INF).to(acc) if case["has_normalizer"] else None
-    d_log_alpha, d_kl = torch.rand(2, n, dtype=torch.float64, generator=generator).to(acc)
+    d_values = torch.rand(len(case["terms"]), n, dtype=torch.float64, generator=generator).to(acc)
 
     def matrix(like, wider):
         """Row strides differ, so that one cannot stand for another."""
@@ -164,15 +160,17 @@ def test_row_operations(impl, data):
     guards = {"z": matrix(z, 0), "t": matrix(t, 1)}
     guards["z"].fill(z)
     guards["t"].fill(t)
-    for name, values in (("index", index), ("normalizer", normalizer), ("d_kl", d_kl), ("d_log_alpha", d_log_alpha)):
+    for name, values in (("index", index), ("normalizer", normalizer), ("d_values", d_values)):
         if values is not None:
-            guards[name] = vector(values, step=2 if name in ("d_kl", "d_log_alpha") else 1)
+            guards[name] = Guarded(*values.shape, dtype=values.dtype, step=2)
+            guards[name].fill(values)
     view = {name: guard.view for name, guard in guards.items()}
     given = None if normalizer is None else Normalizer(view["normalizer"], False, 0.0)
-    fields = [x for x in RowStats._fields if x != "target_argmax" or case["wants_target_argmax"]]
-    outputs = {
-        name: Guarded(n, dtype=torch.long if name.endswith("argmax") else acc, offset=1, gap=1) for name in fields
-    }
+    terms = case["terms"]
+    shapes = {"base": (5, n), "values": (len(terms), n), "saved": (2, len(terms), n)}
+    argmaxes = ["draft_argmax", "target_argmax"][: 1 + case["wants_target_argmax"]]
+    outputs = {name: Guarded(*shape, dtype=acc, offset=1, gap=gap) for gap, (name, shape) in enumerate(shapes.items())}
+    outputs |= {name: Guarded(n, dtype=torch.long, offset=1, gap=1) for name in argmaxes}
     stats = RowStats(**{name: guard.view for name, guard in outputs.items()})
     outputs["gradient"] = guards["z"] if case["in_place"] else matrix(z, 2)
     g = outputs["gradient"].view
@@ -182,13 +180,15 @@ def test_row_operations(impl, data):
         mock.patch.object(launch, "INTERPRETER_BLOCK_V", case["tile"]),
         mock.patch.object(plain, "BLOCK_ELEMENTS", 2 * size),
     ):
-        ops.stats(LogitRows(view["z"], view["t"], view.get("index"), *scales), given, stats)
+        ops.stats(LogitRows(view["z"], view["t"], view.get("index"), given, *scales), terms, stats)
         for guard in guards.values():
             guard.assert_untouched()
         for part in torch.arange(size).chunk(case["blocks"]):
             columns = slice(int(part[0]), int(part[-1]) + 1)
-            block = LogitRows(view["z"][:, columns], view["t"][:, columns], view.get("index"), *scales, columns.start)
-            ops.gradient(block, stats, view["d_log_alpha"], view["d_kl"], g[:, columns])
+            block = LogitRows(
+                view["z"][:, columns], view["t"][:, columns], view.get("index"), None, *scales, columns.start
+            )
+            ops.gradient(block, terms, stats, view["d_values"], g[:, columns])
 
     for guard in guards.values():
         if guard is not outputs["gradient"]:
@@ -199,19 +199,21 @@ def test_row_operations(impl, data):
     for name, scale in zip(("draft", "target"), scales, strict=True):
         lse = getattr(stats, f"{name}_top").double() * scale + getattr(stats, f"{name}_log_total")
         assert_within(name, lse, getattr(truth, f"{name}_lse"), truth.error)
-    assert_within("log alpha", stats.log_acceptance, truth.log_alpha, truth.error)
-    assert_within("kl", stats.kl, truth.kl, truth.error * (1 + truth.kl))
-    slack = truth.slack.sum(1) + 2 * truth.error
-    assert_within("sigma", stats.sigma[supported], truth.sigma[supported], slack[supported])
+    value, sigma, d = ({name: x[i] for i, name in enumerate(terms)} for x in (stats.values, stats.saved[0], d_values))
+    if "log_acceptance" in terms:
+        assert_within("log alpha", value["log_acceptance"], truth.log_alpha, truth.error)
+        slack = truth.slack.sum(1) + 2 * truth.error
+        assert_within("sigma", sigma["log_acceptance"][supported], truth.sigma[supported], slack[supported])
+    if "kl" in terms:
+        assert_within("kl", value["kl"], truth.kl, truth.error * (1 + truth.kl))
     assert torch.equal(stats.draft_argmax, lowest_argmax(z))
     if case["wants_target_argmax"]:
         assert torch.equal(stats.target_argmax, lowest_argmax(rows))
-    gradient, allowed = truth.gradient(d_log_alpha.double(), d_kl.double(), scales[0])
+    gradient, allowed = truth.gradient(*(d.get(name, torch.zeros(n)).double() for name in TERMS), scales[0])
     rounding = torch.finfo(dtype).eps * gradient.abs() + torch.finfo(dtype).smallest_normal
     assert_within("gradient", g, gradient, allowed + rounding)
     assert not g[~supported].any()
-    if impl == "triton":
-        assert not stats.sigma[~supported].any()
+    assert not stats.saved[..., ~supported].any()
 
 
 def lowest_argmax(x):

@@ -67,7 +67,7 @@ def count(
         return sum(x.flops for x in gemms if hidden in x and (TARGET in x) is full)
 
     one_draft = 2 * max(pairs.num_pairs, 1) * DRAFT * DRAFT_HIDDEN
-    one_target = 2 * max(pairs.num_targets(tokens), 1) * DRAFT * TARGET_HIDDEN
+    one_target = 2 * max(tokens if pairs.num_targets is None else pairs.num_targets, 1) * DRAFT * TARGET_HIDDEN
     used = tokens if target_mask is None else int(target_mask.sum())
     return Counts(
         flops(everything, DRAFT_HIDDEN, False) / one_draft,

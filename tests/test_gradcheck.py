@@ -44,10 +44,10 @@ def small(**options):
 @pytest.mark.parametrize("work", ["identity", "shifted"])
 def test_primitive(impl, work):
     problem = small(work=work)
-    options = {k: v for k, v in problem.options.items() if k in ("mask", "target_rows")}
+    options = {"impl": impl, "draft_temperature": 0.9, **problem.options}
 
     def primitive(h, w, b):
-        out = fused_lk.lk_divergences(h, w, problem.target, bias=b, impl=impl, draft_temperature=0.9, **options)
+        out = fused_lk.lk_divergences(h, w, problem.target, bias=b, **options)
         return out.log_acceptance, out.kl, out.acceptance
 
     gradcheck(problem, primitive)

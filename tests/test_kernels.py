@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from fused_lk.kernels import launch
 
 from fused_lk.rows import plain
-from fused_lk.rows.interface import LogitRows, Normalizer, RowStats
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer
+from fused_lk.walk.plan import empty_statistics
 
 NEG_INF = float("-inf")
 DEVICE = torch.get_default_device().type
@@ -28,9 +31,9 @@ def assert_guards_hold(storage, view):
     assert not view.isnan().any()
 
 
-def poisoned_stats(n, dtype):
+def poisoned_stats(n, dtype, terms=TERMS):
     """Statistics as views from the second element on, with canaries at both ends."""
-    whole = RowStats.empty(n + 2, dtype, torch.device(DEVICE), target_argmax=True)
+    whole = empty_statistics(n + 2, terms, dtype, torch.device(DEVICE), target_argmax=True)
     for x in whole:
         x.fill_(float("nan") if x.is_floating_point() else -7)
     return whole, whole.rows(1, n + 1)
@@ -56,23 +59,45 @@ def inputs(size, dtype):
     return views
 
 
-def run(ops, z, t, index, normalizer, acc):
-    """Statistics and gradient of `ops`, with NaN coefficients on the rows without an answer."""
+BASE = ("draft_top", "draft_log_total", "target_top", "target_log_total", "log_mass")
+
+
+def named(stats, terms=TERMS):
+    """Each number of a row by its name, `[n]`."""
+    names = [*BASE, *terms, *(f"{what} of {name}" for what in ("sigma", "top") for name in terms)]
+    rows = [*stats.base, *stats.values, *stats.saved.flatten(0, 1)]
+    argmaxes = {"draft_argmax": stats.draft_argmax, "target_argmax": stats.target_argmax}
+    return dict(zip(names, rows, strict=True)) | argmaxes
+
+
+class Loss(NamedTuple):
+    """A `RowLoss` whose derivatives are given; NaN on the rows without an answer."""
+
+    d: torch.Tensor
+    lost: torch.Tensor
+
+    def rows(self, start, stop):
+        return Loss(self.d[:, start:stop], self.lost[start:stop])
+
+    def d_values(self, values):
+        assert values.shape == self.d.shape
+        return self.d.masked_fill(self.lost, float("nan"))
+
+
+def run(ops, z, t, index, normalizer, acc, terms=TERMS):
+    """Statistics and gradient of `ops`."""
     n, size = z.shape
-    whole, out = poisoned_stats(n, acc)
+    whole, out = poisoned_stats(n, acc, terms)
     storage, g = guarded(n, size, z.dtype)
-
-    def coefficients(start, stop, stats):
-        d = torch.linspace(0.5, 1.5, n, dtype=acc, device=DEVICE)[start:stop]
-        d = torch.where(stats.supported, d, float("nan"))
-        return d, 2 - d
-
-    ops.stats_and_gradient(LogitRows(z, t, index, *SCALES), normalizer, out, g, coefficients)
+    d = torch.linspace(0.5, 1.5, n, dtype=acc, device=DEVICE)
+    d = torch.stack([{"log_acceptance": d, "kl": 2 - d}[name] for name in terms])
+    loss = Loss(d, ((t if index is None else t[index]) == NEG_INF).all(1))
+    ops.stats_and_gradient(LogitRows(z, t, index, normalizer, *SCALES), terms, out, loss, g)
     for x in whole:
-        for end in (x[0], x[-1]):
-            assert end.isnan() if x.is_floating_point() else end == -7
+        for end in (x[..., 0], x[..., -1]):
+            assert end.isnan().all() if x.is_floating_point() else end == -7
     assert_guards_hold(storage, g)
-    return out, g, coefficients(0, n, out)
+    return out, g, loss.d_values(out.values)
 
 
 @pytest.mark.parametrize("has_normalizer", ["none", "given", "mass"])
@@ -89,13 +114,18 @@ def test_kernels_agree_with_their_twin(dtype, size, has_index, has_normalizer):
     normalizer = {"none": None, "given": Normalizer(given, False, 0.0), "mass": Normalizer(lse - given, True, 0.0)}[
         has_normalizer
     ]
-    out, g, (d_log_alpha, d_kl) = run(launch, z, t, index, normalizer, acc)
+    out, g, d_values = run(launch, z, t, index, normalizer, acc)
     # float64 arithmetic on the very numbers the kernels read; ties that rounding makes or breaks may differ
     exact = None if normalizer is None else normalizer._replace(value=normalizer.value.double())
     expected, expected_g, _ = run(plain, z.double(), t.double(), index, exact, torch.float64)
     close = {"atol": 1e-10 if acc == torch.float64 else 2e-5, "rtol": 1e-10 if acc == torch.float64 else 2e-5}
-    for name, got, want in zip(out._fields, out, expected, strict=True):
-        if name in ("sigma", "top_log_acceptance"):  # row 3 is all ties, which rounding makes or breaks
+    expected = named(expected)
+    for name, got in named(out).items():
+        want = expected[name]
+        if name in (
+            "sigma of log_acceptance",
+            "top of log_acceptance",
+        ):  # row 3 is all ties, which rounding makes or breaks
             got, want = got[[0, 1, 2, 4, 5]], want[[0, 1, 2, 4, 5]]
         torch.testing.assert_close(got.to(want.dtype), want, **close, msg=lambda m, name=name: f"{name}: {m}")
     tolerance = TOLERANCE[dtype]
@@ -104,14 +134,51 @@ def test_kernels_agree_with_their_twin(dtype, size, has_index, has_normalizer):
     unsupported = ~out.supported
     assert unsupported.sum() == 1
     assert not g[unsupported].any()
-    assert (out.log_acceptance[unsupported] == NEG_INF).all()
+    assert (named(out)["log_acceptance"][unsupported] == NEG_INF).all()
 
     # a block of columns at a time, written over z itself
     whole = g.clone()
     for start in range(0, size, 700):
-        block = LogitRows(z[:, start : start + 700], t[:, start : start + 700], index, *SCALES, start)
-        launch.gradient(block, out, d_log_alpha, d_kl, block.z)
+        block = LogitRows(z[:, start : start + 700], t[:, start : start + 700], index, None, *SCALES, start)
+        launch.gradient(block, TERMS, out, d_values, block.z)
     assert torch.equal(z, whole)
+
+
+@pytest.mark.parametrize("ops", [launch, plain], ids=["triton", "torch"])
+@pytest.mark.parametrize("size", [37, 1031])
+def test_a_term_is_the_same_without_the_others(size, ops, monkeypatch):
+    """Alone, or in another order; and the gradients of the terms add up to that of all."""
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 2 * size)
+    z, t = inputs(size, torch.float64)
+    lse = (t * SCALES[1]).logsumexp(1)
+    normalizer = Normalizer(torch.where(lse > NEG_INF, lse + 0.25, 0), False, 0.0)
+    out, g, _ = run(ops, z, t, None, normalizer, torch.float64)
+    of_all, gradients = named(out), {}
+    for terms in (TERMS[::-1], *((name,) for name in TERMS)):
+        out, gradients[terms], d_values = run(ops, z, t, None, normalizer, torch.float64, terms)
+        for name, x in named(out, terms).items():
+            torch.testing.assert_close(x, of_all[name], msg=lambda m, name=name: f"{name}: {m}")
+        again = torch.empty_like(z)
+        ops.gradient(LogitRows(z, t, None, None, *SCALES), terms, out, d_values, again)
+        torch.testing.assert_close(again, gradients[terms])
+    torch.testing.assert_close(gradients.pop(TERMS[::-1]), g)
+    torch.testing.assert_close(sum(gradients.values()), g)
+
+
+@pytest.mark.parametrize("ops", [launch, plain], ids=["triton", "torch"])
+def test_blocks_of_few_columns(ops):
+    """The draft's maximum at each edge of a block, and blocks that are -inf throughout."""
+    z, t = torch.randn(2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    z.fill_diagonal_(9.0)  # the maximum of row i in column i
+    z[5, :4] = NEG_INF
+    t[6, :4] = NEG_INF
+    out, g, d_values = run(ops, z, t, None, None, torch.float64)
+    again = torch.empty_like(z)
+    for start in range(0, 8, 4):
+        columns = slice(start, start + 4)
+        block = LogitRows(z[:, columns], t[:, columns], None, None, *SCALES, start)
+        ops.gradient(block, TERMS, out, d_values, again[:, columns])
+    torch.testing.assert_close(again, g)
 
 
 @pytest.mark.parametrize("size", [1, 37, 1031])
@@ -151,7 +218,7 @@ def test_disjoint_rows_keep_their_gradient():
     z = torch.zeros(1, 64, device=DEVICE)
     z[:, :32] = 400
     out, g, _ = run(launch, z, -z + 400, None, None, torch.float32)
-    assert -310 < out.log_acceptance.item() < -305  # -400 / 1.3, and little more
+    assert -310 < named(out)["log_acceptance"].item() < -305  # -400 / 1.3, and little more
     assert g.isfinite().all()
     assert g.abs().max() > 0.01
 
@@ -159,20 +226,20 @@ def test_disjoint_rows_keep_their_gradient():
 def test_ties_have_half_weight():
     z = torch.randn(1, 1031, device=DEVICE)
     _, out = poisoned_stats(1, torch.float32)
-    launch.stats(LogitRows(z, z.clone(), None, 1.0, 1.0), None, out)
-    torch.testing.assert_close(out.sigma, torch.full_like(out.sigma, 0.5), rtol=0, atol=1e-6)
+    launch.stats(LogitRows(z, z.clone(), None, None, 1.0, 1.0), TERMS, out)
+    assert named(out)["sigma of log_acceptance"].item() == pytest.approx(0.5, rel=0, abs=1e-6)
 
 
 def test_columns_that_are_not_adjacent_and_no_rows():
     z, t = inputs(37, torch.float64)
     apart = z.t().contiguous().t()
     got, g, _ = run(launch, apart, t.t().contiguous().t(), None, None, torch.float64)
-    _want, expected, (d_log_alpha, d_kl) = run(launch, z, t, None, None, torch.float64)
+    _want, expected, d_values = run(launch, z, t, None, None, torch.float64)
     assert torch.equal(g, expected)
-    launch.gradient(LogitRows(apart, t, None, *SCALES), got, d_log_alpha, d_kl, apart)
+    launch.gradient(LogitRows(apart, t, None, None, *SCALES), TERMS, got, d_values, apart)
     assert torch.equal(apart, expected)
-    empty = RowStats.empty(0, torch.float64, z.device, True)
-    launch.stats(LogitRows(z[:0], t[:0], None, *SCALES), None, empty)
+    empty = empty_statistics(0, TERMS, torch.float64, z.device, True)
+    launch.stats(LogitRows(z[:0], t[:0], None, None, *SCALES), TERMS, empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

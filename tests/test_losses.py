@@ -15,6 +15,7 @@ from problems import (
 )
 
 import fused_lk
+from fused_lk.rows import plain
 
 OPTIONS = {
     "plain": {},
@@ -59,8 +60,6 @@ def test_triton_agrees_with_the_oracle(kind, work):
 @pytest.mark.parametrize("work", ["identity", "shifted", "kept"])
 def test_primitive(impl, work):
     problem = make_problem(work=work, num_tokens=6)
-    for name in ("positions", "num_positions"):
-        problem.options.pop(name, None)
     check(problem, fused_lk.lk_divergences, primitive_sum, impl)
     check(problem, fused_lk.lk_divergences, lambda d: d.acceptance.sum(), impl, draft_temperature=1.5)
 
@@ -159,6 +158,15 @@ def test_a_walk_by_vocabulary_in_blocks(kind):
     """129 columns in blocks of 64, the last of one column: a vocabulary below 64 is a single block."""
     problem = make_problem(kind=kind, work="shifted", num_tokens=5, draft_size=129, target_size=170)
     check(problem, workspace_mb=0.002)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+def test_several_chunks_and_several_blocks_a_chunk(plan, monkeypatch):
+    """Each token keeps its own weight, lambda and normaliser."""
+    problem = make_problem(work="weighted")
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 2 * len(problem.weight))
+    kl_weight = torch.linspace(0.1, 0.9, 30, dtype=torch.float64).view(3, 10)
+    check(problem, objective="lambda", kl_weight=kl_weight, plan=plan, workspace_mb=0.004)
 
 
 def test_denominators_per_position():

@@ -5,25 +5,27 @@ bf16, H = 4,096; peak of live tensor bytes beyond the inputs, forward and backwa
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 import fused_lk
 from bench.accounting import GIB, account, full_size
-from bench.memory import SHAPES, accounted, eager, ours
-from fused_lk import plan
+from bench.memory import PROVIDERS, SHAPES, SPECFORGE, accounted, ours
+from fused_lk.walk import plan
 
 NAMES = ("V32k", "V32k_ttt7", "V152k", "V152k_frozen", "V32k_of_128k", "V32k_of_128k_ttt7")
 SHAPE = dict(zip(NAMES, SHAPES, strict=True))
 
-# GiB: eager, recompute, one pass.
+# GiB: recompute, one pass.
 FIGURES = {
-    "V32k": (8.3, 0.8, 1.2),
-    "V32k_ttt7": (19.0, 1.9, 1.9),
-    "V152k": (39.4, 1.8, 4.0),
-    "V152k_frozen": (None, 0.5, 0.5),
-    "V32k_of_128k": (None, 0.8, 1.2),
-    "V32k_of_128k_ttt7": (None, 1.9, 1.9),
+    "V32k": (0.8, 1.2),
+    "V32k_ttt7": (1.9, 1.9),
+    "V152k": (1.8, 4.0),
+    "V152k_frozen": (0.5, 0.5),
+    "V32k_of_128k": (0.8, 1.2),
+    "V32k_of_128k_ttt7": (1.9, 1.9),
 }
 
 
@@ -45,35 +47,52 @@ def test_peak(name, plan, impl, device, monkeypatch):
         monkeypatch.setattr("fused_lk.rows.plain.BLOCK_ELEMENTS", 2**22)
     seen = accounted(shape, ours(plan, impl), device)
     draft_gemms = 2 + (plan == "recompute") + (not shape.frozen_head)
-    assert seen.gemm_flops >= draft_gemms * shape.ttt_steps * gemm_flops(shape), "the watcher missed the work"
-    assert seen.peak / GIB <= FIGURES[name][1 if plan == "recompute" else 2], seen.at_peak[:8]
+    # Rows whose target row would lie beyond the end of a shifted step are no work.
+    assert seen.gemm_flops >= 0.99 * draft_gemms * shape.ttt_steps * gemm_flops(shape), "the watcher missed the work"
+    assert seen.peak / GIB <= FIGURES[name][plan == "one_pass"], seen.at_peak[:8]
 
 
 @pytest.mark.parametrize("name", ["V32k", "V32k_ttt7"])
 def test_the_walk_accumulates_over_the_smaller_side(name, monkeypatch):
     """By vocabulary where there are fewer pairs than tokens in it, else by rows: the other walk needs more."""
     chosen = accounted(SHAPE[name], ours("recompute", "triton"), "cuda").peak
-    other = plan.walks_by_vocabulary
-    monkeypatch.setattr(plan, "walks_by_vocabulary", lambda v, pairs, needs: needs and not other(v, pairs, needs))
+    choose = plan.walks_by_vocabulary
+
+    def other(facts, one_pass):
+        return facts.needs_weight and not choose(facts, one_pass)[0], ""
+
+    monkeypatch.setattr(plan, "walks_by_vocabulary", other)
     assert accounted(SHAPE[name], ours("recompute", "triton"), "cuda").peak > 1.1 * chosen
 
 
 @pytest.mark.parametrize("name", ["V32k", "V32k_ttt7", "V152k"])
 def test_eager_peak_by_the_same_accounting(name):
-    """The design's own figures for the eager loss: what is compared was counted alike."""
-    assert accounted(SHAPE[name], eager).peak / GIB == pytest.approx(FIGURES[name][0], rel=0.06)
+    """The eager loss, counted by hand in tensors `[tokens, V]`: what is compared was counted alike."""
+    shape = SHAPE[name]
+    seen = accounted(shape, PROVIDERS[SPECFORGE])
+    per_element = 8 * shape.ttt_steps  # log q and q of each step in float32
+    per_element += 0 if shape.probs else 8  # pt and p in float32, for all steps
+    numbers = shape.num_tokens * shape.draft_vocab_size
+    assert seen.after_forward == pytest.approx(per_element * numbers, rel=0.01)
+    per_element += 4 + 4 + 1 + 1  # the backward of min(p, q): two float32 tensors, and two comparisons
+    assert seen.peak == pytest.approx(per_element * numbers, rel=0.01)
 
 
 def test_a_planted_full_tensor_breaks_the_figure():
     shape = SHAPE["V152k_frozen"]
 
     def planted(inputs):
-        kept = torch.empty(shape.num_tokens, shape.draft_vocab_size, dtype=torch.bfloat16)
-        loss = ours("one_pass")(inputs)
-        del kept
+        loss_of = ours("one_pass")(inputs)
+
+        def loss():
+            kept = torch.empty(shape.num_tokens, shape.draft_vocab_size, dtype=torch.bfloat16)
+            out = loss_of()
+            del kept
+            return out
+
         return loss
 
-    assert accounted(shape, planted).peak / GIB > FIGURES["V152k_frozen"][2]
+    assert accounted(shape, planted).peak / GIB > FIGURES["V152k_frozen"][1]
 
 
 WORK = {
@@ -100,10 +119,10 @@ def held(plan, steps, pairs, frozen=(), dtype=torch.bfloat16, n=4096, h=64, v=20
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_recompute_holds_at_most_80_bytes_a_pair(work):
+def test_recompute_holds_at_most_84_bytes_a_pair(work):
     steps, pairs = WORK[work](4096)
     num_pairs = 4096 if pairs is None else pairs.num_pairs
-    assert 0 < held("recompute", steps, pairs)[0] <= 80 * num_pairs
+    assert 0 < held("recompute", steps, pairs)[0] <= 84 * num_pairs
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -125,3 +144,28 @@ def test_one_pass_holds_the_gradients_and_nothing_else(work):
 
 def gemm_flops(shape):
     return 2 * shape.num_tokens * shape.hidden_size * shape.draft_vocab_size
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{"plan": "one_pass", "objective": "kl"}, {"plan": "recompute"}], ids=str)
+def test_a_call_leaves_no_tensor_to_the_garbage_collector(options, impl):
+    """Objects that refer to each other would keep their buffers until Python's next collection."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    vocab = fused_lk.DraftVocab(torch.arange(20) < 16)
+
+    def call():
+        target = fused_lk.Target.from_hidden(torch.randn(6, 8), torch.randn(20, 8), vocab=vocab, impl=impl)
+        for mask in (None, torch.arange(6) < 4):
+            fused_lk.lk_loss(hidden, weight, target, mask=mask, impl=impl, **options).loss.backward()
+
+    call()
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        call()
+        gc.collect()
+        left = [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not left

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_lk.kernels import launch
 
 import fused_lk
+from fused_lk import gemm
+from fused_lk.rows import plain
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer
+from fused_lk.walk.plan import empty_statistics
 
 NAN, INF = float("nan"), float("inf")
 IMPLS = ["torch", "triton"]
@@ -52,10 +57,49 @@ def test_it_reaches_the_loss(objective, options, where, impl):
         assert not gradient[[0, 2, 3]].isnan().any()
     for skip_masked in (True, False):
         mask = torch.tensor([True, False, True, True])
-        out, gradient = run(z, target, objective, impl, mask=mask, skip_masked=skip_masked, **options)
+        pairs = fused_lk.Pairs(mask, skip_masked=skip_masked)
+        out, gradient = run(z, target, objective, impl, pairs=pairs, **options)
         assert out.loss.isfinite()
         assert gradient.isfinite().all()
         assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("terms", [TERMS, *((name,) for name in TERMS)], ids=str)
+@pytest.mark.parametrize("ops", [launch, plain], ids=IMPLS[::-1])
+def test_it_reaches_each_term_alone(ops, terms):
+    """A normaliser that is NaN or too small, and a NaN of either side; KL needs no normaliser, and is lost all the
+    same."""
+    z, t = logits(rows=5)
+    value = t.logsumexp(1)
+    value[1] = NAN
+    value[2] -= 3
+    z[3, 7] = t[4, 7] = NAN
+    out = empty_statistics(5, terms, torch.float32, z.device, False)
+    ops.stats(LogitRows(z, t, None, Normalizer(value, False, 0.0), 1.0, 1.0), terms, out)
+    gradient = torch.empty_like(z)
+    ops.gradient(LogitRows(z, t, None, None, 1.0, 1.0), terms, out, torch.ones_like(out.values), gradient)
+    for x in (out.values, out.saved, gradient.t()):
+        assert x[..., 0].isfinite().all()
+        assert x[..., 1:].isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_it_stays_out_of_a_row_without_an_answer(impl):
+    """There the draft is not asked: no loss, no KL and no gradient, whatever its logits hold."""
+    for side in (NAN, INF, -INF):
+        z, t = logits()
+        z[1, 7], t[1] = side, -INF
+        if side == -INF:
+            z[1] = side
+        for objective, options in CALLS:
+            out, gradient = run(z, fused_lk.Target.from_logits(t), objective, impl, **options)
+            assert out.num_unsupported == 1
+            assert out.token_log_acceptance[1] == -INF
+            assert out.loss.isfinite()
+            assert out.kl.isfinite()
+            assert out.acceptance_rate.isfinite()
+            assert not gradient[1].any()
+            assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -131,6 +175,8 @@ def test_targets_that_are_no_probabilities(name, impl, monkeypatch):
                 assert gradient.isfinite().all()
             else:
                 assert out.loss.isnan()
+                if impl != "reference":
+                    assert gradient[1].isnan().all()
             if name != "logits as probabilities":
                 mask = torch.tensor([True, False, True, True])
                 out, gradient = run(z, target, objective, impl, mask=mask, **options)
@@ -205,3 +251,44 @@ def test_alpha_never_exceeds_1(impl):
     z, _ = logits(64, 50)
     d = fused_lk.lk_divergences_from_logits(z, fused_lk.Target.from_logits(z.clone()), impl=impl)
     assert (d.log_acceptance <= 0).all()
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """Torch's mode in which memory that is allocated and not written holds NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [38, 70, 200])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan": "one_pass"},
+        {"plan": "one_pass", "logits_dtype": torch.float32},
+        {"plan": "recompute"},
+        {"plan": "recompute", "workspace_mb": 0.01},
+    ],
+    ids=str,
+)
+def test_unwritten_memory_reaches_nothing(options, size, impl, unwritten_memory_is_nan):
+    """Not even through a product of PyTorch: with AMX tiles, bfloat16 rows are read on beyond their last column."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, states, target_head = (
+        torch.randn(rows, 64, generator=generator, dtype=torch.bfloat16) for rows in (40, size, 40, size)
+    )
+    mask = torch.arange(40) != 3
+    target = fused_lk.Target.from_hidden(states, target_head, impl=impl)
+    leaves = [hidden.requires_grad_(), head.requires_grad_(), torch.zeros(size, dtype=torch.bfloat16).requires_grad_()]
+    out = fused_lk.lk_loss(hidden, head, target, bias=leaves[2], mask=mask, objective="alpha", impl=impl, **options)
+    for gradient in torch.autograd.grad(out.loss, leaves):
+        assert gradient.isfinite().all()
+
+
+def test_the_padding_of_a_tile_is_zero(unwritten_memory_is_nan):
+    tile = gemm.tile(4, 70, torch.bfloat16, torch.device("cpu"))
+    assert tile.stride() == (128, 1)
+    assert not tile.as_strided((4, 58), (128, 1), 70).any()

@@ -11,7 +11,8 @@ import torch
 from fused_lk.kernels import launch
 
 from fused_lk.rows import plain
-from fused_lk.rows.interface import LogitRows, RowStats
+from fused_lk.rows.interface import TERMS, LogitRows
+from fused_lk.walk.plan import empty_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROW_STRIDE = 2**30 + 64  # elements: the last of three rows starts past 2**31
@@ -42,11 +43,11 @@ def test_rows_further_apart_than_32_bits(far, far_apart):
     for ops, place in ((launch, far_apart), (plain, lambda x: x)):
         into = {"z": z, "t": t, "gradient": torch.zeros_like(z)}
         into[far] = place(into[far])
-        out = RowStats.empty(ROWS, torch.float32, z.device, False)
-        ones = torch.ones(ROWS, device=DEVICE)
-        rows = LogitRows(into["z"], into["t"], None, 1.0, 1.0)
-        ops.stats(rows, None, out)
-        ops.gradient(rows, out, ones, ones, into["gradient"])
+        out = empty_statistics(ROWS, TERMS, torch.float32, z.device, False)
+        ones = torch.ones(len(TERMS), ROWS, device=DEVICE)
+        rows = LogitRows(into["z"], into["t"], None, None, 1.0, 1.0)
+        ops.stats(rows, TERMS, out)
+        ops.gradient(rows, TERMS, out, ones, into["gradient"])
         results.append([*out[:-1], into["gradient"].clone()])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)

@@ -145,7 +145,7 @@ def test_the_targets_own_mask_is_held_against_the_pairs(shared):
     with pytest.raises(ValueError, match="inside the target's own mask"):
         fused_lk.lk_loss(hidden, weight, target)
     for skip_masked in (True, False):
-        out = fused_lk.lk_loss(hidden, weight, target, mask=mask, skip_masked=skip_masked)
+        out = fused_lk.lk_loss(hidden, weight, target, pairs=fused_lk.Pairs(mask, skip_masked=skip_masked))
         assert out.loss.isfinite()
 
 

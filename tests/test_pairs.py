@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_lk import DraftVocab, Pairs, Target, lk_loss_from_logits
+from fused_lk.pairs.layout import Layout
+from fused_lk.walk.problem import check_target_rows
 
 
 @st.composite
@@ -71,12 +73,10 @@ def test_compaction(case):
     assert pairs.shape == tuple(shape)
     assert pairs.num_pairs == len(expected)
     assert listed(pairs, len(expected)) == expected
-    assert pairs.num_targets(shape.numel()) == len({row for _, row, _, _ in expected})
     everything_in_order = [(i, i) for i in range(shape.numel())] == [pair[:2] for pair in expected]
-    assert pairs.is_identity == pairs.in_order == everything_in_order
-    if pairs.is_identity:  # nothing is gathered
-        assert pairs.draft_rows is None
-        assert pairs.target_rows is None
+    assert (pairs.draft_rows is None) == (pairs.target_rows is None) == everything_in_order  # then nothing is gathered
+    distinct = len({row for _, row, _, _ in expected})
+    assert (shape.numel() if pairs.num_targets is None else pairs.num_targets) == distinct
 
 
 @settings(max_examples=200)
@@ -86,7 +86,7 @@ def test_layouts(case, max_pairs, max_targets):
     pairs = Pairs(**arguments)
     num_rows = next(iter(arguments.values())).numel() if arguments else 3 * sources
     expected = brute_force(arguments, num_rows)
-    layout = pairs.layout(num_rows, sources, max_pairs, max_targets)
+    layout = Layout.of(pairs, num_rows, sources, max_pairs, max_targets)
     count, per_source = len(expected), num_rows // sources
 
     # every pair once, with its weight and position
@@ -134,7 +134,7 @@ def test_rows_kept_for_shape(case):
     arguments, sources = case
     num_rows = next(iter(arguments.values())).numel() if arguments else 2 * sources
     pairs = Pairs(**arguments, skip_masked=False)
-    layout = pairs.layout(num_rows, sources, 4, 4)
+    layout = Layout.of(pairs, num_rows, sources, 4, 4)
     assert layout.num_pairs == num_rows
     assert layout.flat_rows is None
     counted = torch.ones(num_rows, dtype=torch.bool) if layout.valid is None else layout.valid
@@ -154,7 +154,7 @@ def test_between_rows_and_pairs(case):
     num_rows = next(iter(arguments.values())).numel() if arguments else 2 * sources
     expected = brute_force(arguments, num_rows)
     for skip_masked in (True, False):
-        layout = Pairs(**arguments, skip_masked=skip_masked).layout(num_rows, sources, 3, 3)
+        layout = Layout.of(Pairs(**arguments, skip_masked=skip_masked), num_rows, sources, 3, 3)
         per_row = torch.arange(1.0, num_rows + 1)
         there_and_back = layout.per_row(layout.per_pair(per_row), num_rows)
         kept = torch.zeros(num_rows)
@@ -167,18 +167,18 @@ def test_between_rows_and_pairs(case):
 
 def test_cut_between_target_rows():
     """Twelve pairs of four target rows, three each: chunks of four hold one row whole, not one and a third."""
-    layout = Pairs(target_rows=torch.arange(12) // 3).layout(12, 1, 4, 100)
+    layout = Layout.of(Pairs(target_rows=torch.arange(12) // 3), 12, 1, 4, 100)
     assert [(c.start, c.stop, c.targets) for c in layout.chunks] == [
         (0, 3, slice(0, 1)), (3, 6, slice(1, 2)), (6, 9, slice(2, 3)), (9, 12, slice(3, 4)),
     ]  # fmt: skip
-    one_row = Pairs(target_rows=torch.zeros(5, dtype=torch.long)).layout(5, 1, 2, 100)
+    one_row = Layout.of(Pairs(target_rows=torch.zeros(5, dtype=torch.long)), 5, 1, 2, 100)
     assert [c.targets for c in one_row.chunks] == [slice(0, 1)] * 3
     assert [c.num_pairs for c in one_row.chunks] == [2, 2, 1]
 
 
 def test_no_small_remainder():
-    assert [c.num_pairs for c in Pairs(torch.ones(100)).layout(100, 1, 48, 100).chunks] == [33, 33, 34]
-    assert [c.num_pairs for c in Pairs().layout(100, 2, 48, 100).chunks] == [25, 25, 25, 25]
+    assert [c.num_pairs for c in Layout.of(Pairs(torch.ones(100)), 100, 1, 48, 100).chunks] == [33, 33, 34]
+    assert [c.num_pairs for c in Layout.of(Pairs(), 100, 2, 48, 100).chunks] == [25, 25, 25, 25]
 
 
 def test_a_list_is_read_once_and_layouts_are_kept():
@@ -186,8 +186,8 @@ def test_a_list_is_read_once_and_layouts_are_kept():
     pairs = Pairs(mask)
     mask.zero_()
     assert pairs.weights.tolist() == [1.0, 2.0]
-    assert pairs.layout(3, 1, 2, 2) is pairs.layout(3, 1, 2, 2)
-    assert pairs.layout(3, 1, 2, 2) is not pairs.layout(3, 1, 1, 2)
+    assert Layout.of(pairs, 3, 1, 2, 2) is Layout.of(pairs, 3, 1, 2, 2)
+    assert Layout.of(pairs, 3, 1, 2, 2) is not Layout.of(pairs, 3, 1, 1, 2)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
@@ -211,12 +211,12 @@ def test_the_first_rows_of_a_longer_target(plan, rows):
 def test_the_last_row_that_a_target_has(rows):
     pairs = Pairs(target_rows=None if rows is None else torch.tensor(rows))
     if rows is None:
-        pairs.check_target(3, 3, None)
+        check_target_rows(pairs, 3, 3, None)
         with pytest.raises(ValueError, match="as many target rows"):
-            pairs.check_target(3, 4, None)
+            check_target_rows(pairs, 3, 4, None)
     else:
-        pairs.check_target(3, 1, None)
+        check_target_rows(pairs, 3, 1, None)
         with pytest.raises(ValueError, match="target_rows below 0"):
-            pairs.check_target(3, 0, None)
+            check_target_rows(pairs, 3, 0, None)
         with pytest.raises(ValueError, match="inside the target's own mask"):
-            pairs.check_target(3, 1, np.array([False]))
+            check_target_rows(pairs, 3, 1, np.array([False]))

@@ -242,13 +242,14 @@ def test_speculators_reduction(objective):
     """Their masked mean with TTT decay: the sum over the mask, divided by its count plus 1e-5."""
     inputs, peer = Inputs(), peers.speculators()
     mask, step, gamma = inputs.mask[:1], 2, 0.8
+    positions = torch.full((1, S), step, device=DEVICE)
 
     def theirs(logits):
         return peer.utils.loss_function(
             logits[:1],
             inputs.on_draft[:1],
             mask,
-            torch.full((1, S), step, device=DEVICE),
+            positions,
             loss_fn=getattr(peer.eager, SPECULATORS[objective]),
             decay_fn=lambda pos_idx, **_: peer.utils.exp_loss_decay(pos_idx, gamma),
         )
@@ -261,9 +262,7 @@ def test_speculators_reduction(objective):
             target,
             objective=objective,
             lambda_per="token",
-            mask=mask,
-            positions=torch.full((1, S), step, device=DEVICE),
-            num_positions=step + 1,
+            pairs=fused_lk.Pairs(mask, positions=positions, num_positions=step + 1),
             position_decay=gamma,
             denominator=float(mask.sum()) + 1e-5,
         ).loss

@@ -45,26 +45,61 @@ def test_a_shadow_shares_all_but_its_own():
     assert vars(model) == before and model(x).shape == (2,)
 
 
-def run(model, x):
-    return 10 * type(model).forward(model, x)
+class Tenfold(seams.Forward):
+    names = ("SCALE", "head")
+    heads = ("head",)
+
+    def __init__(self, *held):
+        super().__init__(*held)
+        self.calls = seams.Memo(lambda x: [])  # cannot be pickled, and belongs to one model
+
+    def __call__(self, x):
+        self.calls(x).append(self.options)
+        return 10 * self.published(self.model, x)
 
 
 def test_attached_forward_goes_with_copies():
     """A deep copy and a pickle run on their own parameters, and stay attached; an unattached model has nothing."""
     model, x = Model(), torch.ones(3)
     before, expected = dict(vars(model)), 10 * Model.forward(model, x)
-    seams.attach(model, run)
-    seams.attach(model, run)
-    assert torch.equal(model(x), expected)
+    assert Tenfold.attach(model, Model) is Tenfold.attach(model, Model, "torch", 0.5) is model
+    assert torch.equal(model(x), expected) and model.forward.options == {"impl": "torch", "workspace_mb": 0.5}
     assert inspect.signature(model.forward) == inspect.signature(Model().forward)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.forward.model is other and other.forward.options == model.forward.options
+        assert len(other.forward.calls(x)) == 0 < len(model.forward.calls(x)), "a copy has made nothing yet"
         torch.nn.init.zeros_(other.head.weight)
         assert torch.equal(other(x), 10 * Model.forward(other, x)) and torch.equal(model(x), expected)
-        seams.detach(other)
+        assert seams.unapply(other) is other
         assert torch.equal(other(x), Model.forward(other, x)) and torch.equal(model(x), expected)
-    seams.detach(model)
-    seams.detach(model)
+    assert seams.unapply(seams.unapply(model)) is model
     assert vars(model) == before
+
+
+class Other(Model):
+    def forward(self, x):
+        return x
+
+
+def test_refused_models_stay_as_they_are():
+    def refused(error, match, model, forward=Tenfold, **options):
+        before = dict(vars(model))
+        with pytest.raises(error, match=match):
+            forward.attach(model, Model, **options)
+        assert vars(model) == before
+
+    refused(TypeError, "an instance of test_seams.Model", nn.Linear(3, 2))
+    refused(TypeError, "Model.forward as published", Other())
+    refused(ValueError, "impl", Model(), impl="cuda")
+    refused(RuntimeError, "without tail", Model(), type("Longer", (Tenfold,), {"names": ("tail",)}))
+    model = Model()
+    model.forward = Model().forward
+    refused(TypeError, "or on the instance", model)
+    nested = type("Nested", (Tenfold,), {"heads": ("head.0",)})
+    model = Model()
+    model.head = nn.Sequential(nn.ReLU())
+    refused(TypeError, "head to be a torch.nn.Linear .*; got Sequential", model)
+    refused(TypeError, "head.0 to be a torch.nn.Linear .*; got ReLU", model, nested)
 
 
 def test_required_names():
@@ -80,6 +115,5 @@ def test_memo_looks_at_contents():
     assert [memo(x), memo(x), memo(y), memo(y)] == [1, 1, 2, 2]
     y.add_(1)
     assert memo(y) == 3
-    assert pickle.loads(pickle.dumps(seams.Memo(torch.zeros))).make is torch.zeros
     by_dtype = seams.Memo(lambda x, dtype: x.to(dtype))
     assert [by_dtype(x, dtype).dtype for dtype in (torch.float16, torch.float64)] == [torch.float16, torch.float64]

@@ -288,8 +288,8 @@ def test_copies_are_applied_and_independent(copied):
     other = copied(model)
     assert_same(run(other, batch), expected, rtol=0)
     ours, theirs = vars(model)["forward"], vars(other)["forward"]
-    assert theirs.model is other and theirs.run.options == SMALL
-    assert theirs.run.head is not ours.run.head, "what is kept of one model is not that of another"
+    assert theirs.model is other and theirs.options == SMALL
+    assert theirs.head is not ours.head, "what is kept of one model is not that of another"
     torch.nn.init.zeros_(other.draft_model.lm_head.weight)
     assert run(other, batch)[0][0][0] != expected[0][0][0]
     assert_same(run(model, batch), expected, rtol=0)

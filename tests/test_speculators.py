@@ -204,7 +204,7 @@ def test_compiled():
     expected = run(model, batch)
     speculators.apply(model)
     compiled = torch._dynamo.testing.CompileCounter()
-    body = vars(model)["forward"].run
+    body = vars(model)["forward"]
     body.forward = torch.compile(body.forward, backend=compiled)
     for _ in range(3):
         assert_same(run(model, batch), expected)
@@ -235,7 +235,7 @@ def test_copies_are_applied_and_independent(copied):
     other = copied(model)
     assert_same(run(other, batch), expected, rtol=0)
     attached = vars(other)["forward"]
-    assert attached.model is other and attached.run.options == SMALL and attached is not vars(model)["forward"]
+    assert attached.model is other and attached.options == SMALL and attached is not vars(model)["forward"]
     torch.nn.init.zeros_(other.lm_head.weight)
     assert run(other, batch)[0][1] != expected[0][1]
     assert_same(run(model, batch), expected, rtol=0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,6 +182,33 @@ def test_top_k(k, renormalize):
     assert torch.equal(shared.token_ids, dense.token_ids)
     assert shared.draft_vocab_size == FULL
     assert shared.in_draft_vocab.all()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda target: pickle.loads(pickle.dumps(target))])
+@pytest.mark.parametrize(
+    "kind", ["hidden", "on demand", "cached", "shared", "logits", "shared logits", "probs", "topk"]
+)
+def test_a_copy_says_the_same(kind, copied):
+    dense = Dense()
+    top = dense.logits.log_softmax(-1).topk(4)
+    hidden, ids = (dense.hidden, dense.head), dense.token_ids
+    target = {
+        "hidden": lambda: Target.from_hidden(*hidden),
+        "on demand": lambda: Target.from_hidden(*hidden, token_ids=ids, renormalize=True),
+        "cached": lambda: Target.from_hidden(*hidden, cache=True),
+        "shared": lambda: Target.from_hidden(dense.hidden, dense.weight, logits_dtype=torch.float32),
+        "logits": lambda: Target.from_logits(dense.logits, dense.vocab),
+        "shared logits": lambda: Target.from_logits(dense.logits),
+        "probs": lambda: Target.from_probs(dense.log_p().exp(), dense.vocab),
+        "topk": lambda: Target.from_topk(top.indices, top.values, dense.vocab),
+    }[kind]()
+    again = copied(target)
+    for name in ("log_normalizer", "token_ids", "in_draft_vocab"):
+        assert torch.equal(getattr(again, name), getattr(target, name))
+    draft = torch.randn(*SHAPE, target.draft_vocab_size, dtype=torch.float64)
+    losses = [fused_lk.lk_loss_from_logits(draft, x) for x in (again, target)]
+    assert torch.equal(losses[0].loss, losses[1].loss)
+    assert torch.equal(losses[0].accuracy, losses[1].accuracy)
 
 
 def test_a_head_slices_the_draft_rows_once_and_is_detached():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch._dynamo.testing
 from problems import make_problem, make_vocab
 
 import fused_lk
-from fused_lk import operators, target_pass
-from fused_lk.rows.interface import NUM_SAVED
+from fused_lk.graph import operators
+from fused_lk.targets.hidden import stream_hidden
+from fused_lk.targets.logits import stream_logits
+from fused_lk.walk.problem import linear
 
 HIDDEN, DRAFT, TARGET, STEPS = 6, 37, 53, 3
 MODES = {
@@ -56,10 +59,8 @@ def step(head, impl, **options):
 
     def run(hidden, weight, bias, states, mask, rows, positions):
         target = fused_lk.Target.from_hidden(states, head, impl=impl)
-        out = fused_lk.lk_loss(
-            hidden, weight, target, bias=bias, mask=mask, target_rows=rows, positions=positions, num_positions=STEPS,
-            impl=impl, **options,
-        )  # fmt: skip
+        pairs = fused_lk.Pairs(mask, rows, positions, STEPS)
+        out = fused_lk.lk_loss(hidden, weight, target, bias=bias, pairs=pairs, impl=impl, **options)
         per_position = (out.acceptance_rate, out.accuracy, out.kl, out.kl_weight, out.num_tokens, out.num_unsupported)
         return out.loss, *per_position, out.token_log_acceptance, out.draft_token_ids
 
@@ -123,14 +124,15 @@ def test_targets_made_outside(kind):
     problem = make_problem(kind=kind, work="shifted", bias=False)
 
     def run(h, w, mask, rows):
-        d = fused_lk.lk_divergences(h, w, problem.target, mask=mask, target_rows=rows, draft_temperature=0.7)
+        pairs = fused_lk.Pairs(mask, rows)
+        d = fused_lk.lk_divergences(h, w, problem.target, pairs=pairs, draft_temperature=0.7)[1]
         return d.log_acceptance, d.kl, d.acceptance, d.draft_token_ids
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     expected, got = [], []
     for function, into in ((run, expected), (compiled, got)):
         leaves = problem.sources[0].clone().requires_grad_(), problem.weight.clone().requires_grad_()
-        out = function(*leaves, problem.options["mask"], problem.options["target_rows"])
+        out = function(*leaves, problem.rows["mask"], problem.rows["target_rows"])
         finite = torch.where(out[0].isfinite(), out[0], 0)
         into += [*out, *torch.autograd.grad((finite * torch.arange(10) + out[1]).sum(), leaves)]
     assert_same(got, expected)
@@ -138,11 +140,10 @@ def test_targets_made_outside(kind):
 
 def test_pairs_made_outside_and_logits_in_hand():
     problem = make_problem(kind="probs", work="shifted", bias=False)
-    pairs = fused_lk.Pairs(*(problem.options[k] for k in ("mask", "target_rows", "positions", "num_positions")))
     logits = problem.sources[0] @ problem.weight.T
 
     def run(z):
-        out = fused_lk.lk_loss_from_logits(z, problem.target, pairs=pairs, lambda_per="token")
+        out = fused_lk.lk_loss_from_logits(z, problem.target, **problem.options, lambda_per="token")
         return out.loss, out.acceptance_rate, out.accuracy
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -175,10 +176,10 @@ def test_the_module_without_gradients_and_frozen_sides():
 
 def test_rows_of_a_target_that_are_not_there_raise_from_the_graph():
     problem = make_problem(work="shifted", bias=False)
-    rows = problem.options["target_rows"].clone()
+    rows = problem.rows["target_rows"].clone()
     rows[0, 0] = 99
     compiled = torch.compile(
-        lambda h, w, rows: fused_lk.lk_divergences(h, w, problem.target, target_rows=rows).kl,
+        lambda h, w, rows: fused_lk.lk_divergences(h, w, problem.target, pairs=fused_lk.Pairs(target_rows=rows)).kl,
         fullgraph=True,
         backend="aot_eager",
     )
@@ -191,22 +192,22 @@ def test_rows_of_a_target_that_are_not_there_raise_from_the_graph():
 @pytest.mark.parametrize("work", ["identity", "shifted", "kept"])
 def test_opcheck(kind, dtype, work):
     problem = make_problem(kind=kind, work=work, dtype=dtype)
-    options = {k: v for k, v in problem.options.items() if k not in ("positions", "num_positions")}
-    call = fused_lk.losses.call.linear(
+    pairs = problem.options.get("pairs")
+    asked = linear(
         problem.sources[0].clone().requires_grad_(), problem.weight.clone().requires_grad_(), problem.bias.clone(),
-        problem.target, "compute", **{"mask": None, "target_rows": None, "skip_masked": True, **options}, pairs=None,
-        draft_temperature=0.9, impl="torch", workspace_mb=0.01,
+        problem.target, "compute", None, pairs, 0.9, "torch", 0.01,
     )  # fmt: skip
-    flat = operators.Traced(call, False, kind == "topk").flat
+    asked = replace(asked, finds_target_argmax=kind == "topk")
+    flat = operators._flat(asked, operators.prepare(asked, False)[0], saves=True)
     torch.library.opcheck(operators.row_divergences.operator, flat)
     acc = torch.promote_types(torch.promote_types(dtype, torch.float32), problem.target.tiles.dtype)
-    weights = torch.linspace(0, 1, call.num_rows, dtype=acc)
-    needs = [True, True, False]
-    for rule in (("lambda", 3.0, 1.0, weights), ("alpha", 3.0, 1.0, None)):
-        torch.library.opcheck(operators.one_pass_loss.operator, (*flat, weights, *rule, needs))
-    flat = flat._replace(draft=[x.detach() for x in flat.draft])
-    stats = operators.row_divergences(*flat)[:NUM_SAVED]
-    torch.library.opcheck(operators.row_gradients.operator, (*flat, stats, weights, weights, needs))
+    weights = torch.linspace(0, 1, asked.num_rows, dtype=acc)
+    for rule in ((weights, "lambda", 3.0, 1.0), (None, "alpha", 3.0, 1.0)):
+        torch.library.opcheck(operators.one_pass_loss.operator, (*flat, weights, *rule))
+    draft, *rest = flat
+    flat = ([x.detach() for x in draft], *rest)
+    stats = operators.row_divergences(*flat)[:4]
+    torch.library.opcheck(operators.row_gradients.operator, (*flat, stats, torch.stack([weights, weights])))
 
 
 def test_opcheck_of_the_targets_pass():
@@ -216,10 +217,10 @@ def test_opcheck_of_the_targets_pass():
     mask = torch.ones(8, dtype=torch.bool)  # of all rows: opcheck holds a NaN for different from itself
     for vocab, cache in (((None, None, None), False), ((mask, t2d, ids), True), ((None, None, None), True)):
         torch.library.opcheck(
-            target_pass.stream_hidden.operator,
+            stream_hidden.operator,
             (states, head.weight, None, *vocab, 0.8, "torch", None, False, cache),
         )
-    torch.library.opcheck(target_pass.stream_logits.operator, (states @ head.weight.T, t2d, 0.8, "torch"))
+    torch.library.opcheck(stream_logits.operator, (states @ head.weight.T, t2d, 0.8, "torch"))
 
 
 def token_batch(num_sequences=2, length=7):
@@ -267,16 +268,12 @@ def test_work_lists_and_top_k_made_inside(make, skip_masked):
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("work", ["", "mask", "target_rows"])
+@pytest.mark.parametrize("work", ["", "mask"])
 def test_a_list_is_one_position_per_tensor_in_a_graph(work):
     _, weight, _ = setup()
     hidden, _, mask, _, _ = batch(6)
     probs = torch.rand(STEPS * 6, DRAFT, generator=torch.Generator().manual_seed(0)) / DRAFT
-    given = {
-        "": {},
-        "mask": {"mask": mask.long()},
-        "target_rows": {"target_rows": torch.arange(18).view(3, 6).flip(1)},
-    }[work]
+    given = {"mask": mask.long()} if work else {}
 
     def run(hidden, given):
         out = fused_lk.lk_loss(hidden, weight, fused_lk.Target.from_probs(probs), position_decay=0.7, **given)

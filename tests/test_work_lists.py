@@ -90,7 +90,8 @@ def test_a_block_drafter_is_scored_as_written_out():
             for j in range(4 if anchor >= 0 else 0):
                 if counts(mask, None, b, anchor, anchor + j):
                     rows[b, a, j] = b * LENGTH + anchor + j
-    expected = fused_lk.lk_divergences(hidden, weight, target, target_rows=rows, impl="reference")
+    by_hand = fused_lk.Pairs(target_rows=rows)
+    expected = fused_lk.lk_divergences(hidden, weight, target, pairs=by_hand, impl="reference")
     torch.testing.assert_close(got.log_acceptance, expected.log_acceptance)
     torch.testing.assert_close(got.kl, expected.kl)
 

@@ -1,4 +1,4 @@
-"""Drop-in use in published trainers; each submodule names the versions it is written for.
+"""Drop-in use in published trainers. Each submodule names the versions that it is written for.
 
-Nothing here is imported by `fused_lk` itself, and none of the trainers is needed before its integration is used.
+`fused_lk` itself imports nothing from here, and no trainer is needed before its integration is used.
 """

@@ -1,13 +1,15 @@
-"""How an integration runs a trainer's own code with parts of it replaced, leaving modules and classes untouched.
+"""How an integration runs a trainer's own code with parts of it replaced.
 
-A published `forward` is run as it is, from its code object, with two substitutions that last for that call: names it
-looks up in its module (`with_globals`), and attributes it looks up on `self` (`shadow`). Nothing is patched that
-another model, thread or caller could see; the one thing that is set, `forward` on the instance, goes with `detach`.
+The published `forward` runs as it is, from its code object. For the length of one call, two kinds of names lead
+elsewhere: names that it looks up in its module (`with_globals`), and attributes that it looks up on `self` (`shadow`).
+The module and the class stay as they are, so that no other model, thread or caller can see the replacement. Only
+`forward` on the one instance is set (`Forward.attach`), and `unapply` removes it.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from importlib import metadata
 from types import FunctionType, MethodType
@@ -16,10 +18,60 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
+from ..impls import IMPLS
+
+
+class Forward:
+    """The `forward` of one model instance; a subclass says in `__call__` what it does.
+
+    It is an object that holds its model, not a bound method. A deep copy of the model therefore gets a `forward` of its
+    own, and a pickled model keeps its `forward`. (Pickle would look up a method by its name, and find the published
+    one.) A copy runs `__init__` again, so that nothing that a subclass makes there is shared or pickled.
+    """
+
+    methods: tuple[str, ...] = ("forward",)  # These methods of the model must be the published ones.
+    names: tuple[str, ...] = ()  # The published forward must look up these names, because they are replaced.
+    heads: tuple[str, ...] = ()  # These heads of the model, by dotted name, must be plain: their logits are never made.
+
+    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
+        self.model, self.published = model, type(model).forward
+        self.options: dict[str, Any] = {"impl": impl, "workspace_mb": workspace_mb}
+        self.__signature__ = inspect.signature(MethodType(self.published, model))
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.model, *self.options.values()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        type(self).__init__(self, *state)
+
+    @classmethod
+    def attach(
+        cls, model: Any, published: type[nn.Module], impl: str = "auto", workspace_mb: float | str = "auto"
+    ) -> Any:
+        """Check everything, then let `model.forward` be one of this class; returns `model`.
+
+        Raises:
+            ValueError: an unknown `impl`.
+            TypeError, RuntimeError: the model is not the published one, or a head is not a plain linear.
+        """
+        checks.choice("impl", impl, IMPLS)
+        require_unmodified(model, published, *cls.methods)
+        require_names(published.forward, *cls.names)
+        for name in cls.heads:
+            linear_head(model, name)
+        model.forward = cls(model, impl, workspace_mb)
+        return model
+
+
+def unapply(model: Any) -> Any:
+    """Undo `apply`; returns `model`, on which nothing of it is left. A model without it stays as it is."""
+    if isinstance(vars(model).get("forward"), Forward):
+        del model.forward
+    return model
 
 
 def require_version(package: str, supported: tuple[str, ...]) -> None:
-    """The installed `package` is one of the versions that this integration was checked against.
+    """Check that the installed `package` is one of the versions that this integration was checked against.
 
     Raises:
         ImportError: it is not installed, or is of another version.
@@ -38,12 +90,13 @@ def require_version(package: str, supported: tuple[str, ...]) -> None:
         )
 
 
-def require_names(function: FunctionType, *names: str) -> None:
-    """`function` looks up `names`: the seams are where they were when this integration was written.
+def require_names(function: Callable[..., Any], *names: str) -> None:
+    """Check that `function` looks up all these `names`, as it did when this integration was written.
 
     Raises:
         RuntimeError: one of them is missing, because the installed code was modified.
     """
+    function = inspect.unwrap(function)
     missing = [name for name in names if name not in function.__code__.co_names]
     if missing:
         checks.fail(
@@ -55,10 +108,10 @@ def require_names(function: FunctionType, *names: str) -> None:
 
 
 def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: str) -> None:
-    """`model` is a `published` one whose `methods` are still the published ones.
+    """Check that `model` is a `published` one, and that its `methods` are still the published ones.
 
     Raises:
-        TypeError: another class, an override, or an instance attribute of that name.
+        TypeError: the model is of another class, or its class or the instance itself replaces a method.
     """
     if not isinstance(model, published):
         checks.fail(
@@ -68,7 +121,7 @@ def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: s
             TypeError,
         )
     for name in methods:
-        own = name in vars(model) and not _is_ours(vars(model)[name])
+        own = name in vars(model) and not isinstance(vars(model)[name], Forward)
         if own or getattr(type(model), name) is not getattr(published, name):
             checks.fail(
                 f"{published.__qualname__}.{name} as published",
@@ -78,8 +131,26 @@ def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: s
             )
 
 
+def linear_head(model: nn.Module, name: str) -> nn.Linear:
+    """Return the model's head of that dotted `name`, and check that all it does is a matrix product.
+
+    Raises:
+        TypeError: it is another module, or one with hooks, whose effect on the logits would be lost.
+    """
+    head = operator.attrgetter(name)(model)
+    hooks = head._forward_hooks or head._forward_pre_hooks
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or hooks:
+        checks.fail(
+            f"{name} to be a torch.nn.Linear without forward hooks",
+            f"{type(head).__qualname__}{' with forward hooks' if hooks else ''}",
+            "Its logits never exist, so nothing can run on them; merge adapters into the weight, or do not apply.",
+            TypeError,
+        )
+    return head
+
+
 def with_globals(function: Callable[..., Any], **replaced: Any) -> FunctionType:
-    """`function` with some of the names that it finds in its module replaced."""
+    """Return a copy of `function` that finds some of the names of its module replaced."""
     function = inspect.unwrap(function)
     copy = FunctionType(
         function.__code__,
@@ -93,85 +164,27 @@ def with_globals(function: Callable[..., Any], **replaced: Any) -> FunctionType:
 
 
 def shadow(module: nn.Module, **own: Any) -> Any:
-    """Another instance of `module`'s class, with its parameters, buffers and submodules, and some attributes `own`.
+    """Make another instance of `module`'s class, which shares everything with it but the attributes `own`.
 
-    Attributes found on the instance come before those that `nn.Module` looks up, so a submodule can be one of them.
+    Python finds attributes of the instance before those that `nn.Module` looks up, so `own` can replace a submodule.
     """
-    other = object.__new__(type(module))  # no __init__, and no __new__ that would run it
+    other = object.__new__(type(module))  # This runs no __init__, and no __new__ that would run it.
     vars(other).update({**vars(module), **own})
     return other
 
 
-class Forward:
-    """A `forward` for one model instance, `run(model, ...)`; the class's own is untouched beneath it.
-
-    An object that holds its model, not a bound method: a copy of the model gets one of its own, and a pickled model
-    (which would look a method up by its name, and find the class's) keeps it.
-    """
-
-    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
-        self.model, self.run = model, run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.model, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(type(self.model).forward, self.model))
-
-
-def attach(model: nn.Module, run: Callable[..., Any]) -> None:
-    """Let `model.forward` be `run(model, ...)`; `run` is pickled and copied with the model."""
-    model.forward = Forward(model, run)
-
-
-def detach(model: nn.Module) -> None:
-    """Undo `attach`; nothing happens to a model that has none."""
-    if _is_ours(vars(model).get("forward")):
-        del model.forward
-
-
-def _is_ours(attribute: Any) -> bool:
-    return isinstance(attribute, Forward)
-
-
-def linear_head(name: str, head: Any) -> nn.Linear:
-    """`head`, if all it does is a matrix product.
-
-    Raises:
-        TypeError: another module, or one with hooks, whose effect on the logits would be lost.
-    """
-    hooks = head._forward_hooks or head._forward_pre_hooks
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or hooks:
-        checks.fail(
-            f"{name} to be a torch.nn.Linear without forward hooks",
-            f"{type(head).__qualname__}{' with forward hooks' if hooks else ''}",
-            "Its logits never exist, so nothing can run on them; merge adapters into the weight, or do not apply.",
-            TypeError,
-        )
-    return head
-
-
 class Memo:
-    """`make(*arguments)`, made again only when a tensor is another one or was written to, or another value differs.
-
-    A copy has made nothing yet.
-    """
+    """Calls `make`, and keeps its result until an argument is another object, or a tensor that was written to."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self.make = make
-        self._tensors: tuple[Tensor, ...] = ()
-        self._versions: tuple[Any, ...] = ()
+        self._arguments: tuple[Any, ...] = ()
+        self._versions: list[int | None] | None = None
         self._made: Any = None
 
-    def __reduce__(self) -> tuple[type[Memo], tuple[Callable[..., Any]]]:
-        return Memo, (self.make,)
-
     def __call__(self, *arguments: Any) -> Any:
-        tensors = tuple(x for x in arguments if isinstance(x, Tensor))
-        versions = tuple(x if not isinstance(x, Tensor) else -1 if x.is_inference() else x._version for x in arguments)
-        same = len(tensors) == len(self._tensors) and all(x is y for x, y in zip(tensors, self._tensors, strict=True))
-        if not same or versions != self._versions:
+        versions = [x._version if isinstance(x, Tensor) and not x.is_inference() else None for x in arguments]
+        if versions != self._versions or not all(map(operator.is_, arguments, self._arguments)):
             self._made = self.make(*arguments)
-            self._tensors, self._versions = tensors, versions
+            self._arguments, self._versions = arguments, versions
         return self._made

@@ -1,27 +1,27 @@
 """The row operations in plain PyTorch; see `rows.interface` for the formulas and names.
 
-On a CPU they are bound by exp and by cache: rows go in blocks of `BLOCK_ELEMENTS`, and alpha is taken in linear space,
-where `torch.softmax` makes exp, sum and division in one pass. Rows that linear space cannot hold (p and q almost
-disjoint, an infinite KL) are done again in log space.
+On a CPU, exp and the cache set the pace. So rows go in blocks of `BLOCK_ELEMENTS`, and alpha is made in linear space,
+where `torch.softmax` does exp, sum and division in one pass. Rows that linear space cannot hold are done again in log
+space: those where p and q are almost disjoint, or where KL is infinite.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .interface import NEG_INF, Coefficients, LogitRows, Normalizer, RowStats, accumulation_dtype, tie_width
+from .interface import NEG_INF, LogitRows, RowLoss, RowStats, accumulation_dtype, tie_width
 
-# Elements of one block of rows. 2**19 float32 are 2 MiB a buffer, 12 MiB a block; larger ones fall out of a server's
-# shared cache, smaller ones pay more for dispatch (AMD EPYC, 2 threads, V = 32,000, ns an element of statistics: 2.1,
-# 1.7, 1.8 at 2**18, 2**19, 2**20).
-BLOCK_ELEMENTS = 2**19
-
-# Buffers of a block: centred z and t, q, pt, log pt - log q, 2 w q.
-NUM_BUFFERS = 6
+# Elements of one block of rows. 2**20 float32 are 4 MiB a buffer, 24 MiB a block. Larger ones fall out of a server's
+# shared cache, smaller ones pay more for dispatch. V = 32,000, 2 threads, at 2**18, 2**19, 2**20, 2**21: AMD EPYC 2.1,
+# 1.7, 1.8 ns an element of statistics; Intel Xeon (AVX-512) 527, 489, 429, 451 ms for one pass over 1,024 x 256.
+BLOCK_ELEMENTS = 2**20
 
 # Below this alpha a float32 sum of min(p, q) has lost terms to underflow; log space takes over.
 SMALLEST_LINEAR = 1e-20
@@ -35,8 +35,8 @@ def lse_argmax(
 ) -> None:
     """Write logsumexp(scale * x), and the lowest index of the maximum, of each row of `x` `[n, V]`.
 
-    With `inside` (bool `[V]`), also `log_mass` = log sum of softmax(scale * x) over the columns inside: from the sums
-    inside and outside, so that a share near 1 keeps the digits of what is missing.
+    With `inside` (bool `[V]`), also write `log_mass` = log sum of softmax(scale * x) over the columns inside. It comes
+    from both sums, inside and outside, so that a share near 1 keeps the digits of what it lacks.
     """
     acc = accumulation_dtype(x)
     for start, stop in _blocks(x):
@@ -51,7 +51,7 @@ def lse_argmax(
 
 
 def _log_mass(row: Tensor, probs: Tensor, inside: Tensor) -> Tensor:
-    """log of the share of `probs` = softmax(row) in the columns `inside`; means nothing in a row of -inf alone."""
+    """The log of the share of `probs` = softmax(row) in the columns `inside`. A row of -inf alone has no such share."""
     share = (probs * inside).sum(1)
     mass = -torch.log1p((probs * ~inside).sum(1) / share)
     few = share < SMALLEST_LINEAR
@@ -61,236 +61,300 @@ def _log_mass(row: Tensor, probs: Tensor, inside: Tensor) -> Tensor:
     return mass
 
 
-def stats(rows: LogitRows, normalizer: Normalizer | None, out: RowStats) -> None:
-    """Write the statistics of whole rows into `out`. Without a normaliser p is pt."""
-    for block in _blocks_of(rows, out):
-        block.statistics(normalizer)
+def stats(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> None:
+    """Write the statistics of whole rows into `out`."""
+    for block in _blocks_of(rows, terms, out):
+        block.statistics()
 
 
 def stats_and_gradient(
-    rows: LogitRows, normalizer: Normalizer | None, out: RowStats, gradient_out: Tensor, coefficients: Coefficients
+    rows: LogitRows, terms: tuple[str, ...], out: RowStats, loss: RowLoss, gradient_out: Tensor
 ) -> None:
-    """`stats`, then `gradient` with `coefficients(start, stop, statistics)`, from the same exponentials."""
-    for block in _blocks_of(rows, out):
-        probabilities = block.statistics(normalizer)
-        d_log_acceptance, d_kl = coefficients(block.start, block.stop, block.out)
-        block.gradient(*probabilities, d_log_acceptance, d_kl, gradient_out[block.start : block.stop])
+    """`stats`, then `gradient` of `loss`, from the same exponentials."""
+    for block in _blocks_of(rows, terms, out):
+        block.statistics()
+        d_values = loss.rows(block.start, block.stop).d_values(block.out.values)
+        factors = _Factors.of(block.rows, terms, block.out, d_values)
+        block.gradient(factors, gradient_out[block.start : block.stop])
 
 
-def gradient(rows: LogitRows, stats: RowStats, d_log_acceptance: Tensor, d_kl: Tensor, gradient_out: Tensor) -> None:
+def gradient(rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values: Tensor, gradient_out: Tensor) -> None:
     """Write the gradient with respect to `rows.z` into `gradient_out`, which may be `rows.z` itself.
 
-    `rows` may be any block of columns of the rows that `stats` describes.
+    `rows` may be any block of columns of the rows that `stats` describes; `d_values` `[T, n]` are the derivatives with
+    respect to the terms.
     """
-    for block in _blocks_of(rows, stats):
-        part = slice(block.start, block.stop)
-        block.gradient(*block.probabilities(), d_log_acceptance[part], d_kl[part], gradient_out[part])
+    factors = _Factors.of(rows, terms, stats, d_values)
+    for block in _blocks_of(rows, terms, stats):
+        block.centre()
+        block.gradient(factors.rows(block.start, block.stop), gradient_out[block.start : block.stop])
 
 
-def _blocks_of(rows: LogitRows, stats: RowStats) -> Iterator[_Block]:
-    """The blocks of a call. Their buffers are allocated once: fresh pages cost more than what is written to them."""
-    acc = stats.log_acceptance.dtype
+class _Factors(NamedTuple):
+    """What a gradient needs per row. It is made once a call, because so many small operations take 0.2 ms."""
+
+    numbers: Tensor  # [2 + T, n]: the factor of q, the gradient in the column of q's maximum, the factors of the terms
+    column: Tensor  # int64 [n], that column, counted in this block of columns
+    inside: Tensor  # bool [n], whether it lies there
+
+    @classmethod
+    def of(cls, rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values: Tensor) -> _Factors:
+        d_values = torch.where(stats.supported, d_values * rows.z_scale, 0.0)
+        sigma, top = (stats.saved * d_values).sum(1)
+        of_terms = [TERM_OF[name].factor(*x) for name, *x in zip(terms, stats.values, d_values, strict=True)]
+        column = stats.draft_argmax - rows.first_column
+        inside = (column >= 0) & (column < rows.z.shape[1])
+        return cls(torch.stack([sigma.neg(), top, *of_terms]), torch.where(inside, column, 0), inside)
+
+    def rows(self, start: int, stop: int) -> _Factors:
+        return _Factors._make(x.narrow(-1, start, stop - start) for x in self)
+
+
+def _blocks_of(rows: LogitRows, terms: tuple[str, ...], stats: RowStats) -> Iterator[_Block]:
+    """The blocks of a call. They share buffers: fresh pages cost more time than what is written to them."""
     buffers: list[Tensor] = []
     for start, stop in _blocks(rows.z):
         if not buffers:  # the first block is the largest
-            shape = (stop - start, rows.z.shape[1])
-            buffers = [torch.empty(shape, dtype=acc, device=rows.z.device) for _ in range(NUM_BUFFERS)]
-        yield _Block(rows, stats, start, stop, [x[: stop - start] for x in buffers])
+            count = SHARED_BUFFERS + sum(TERM_OF[name].has_buffer for name in terms)
+            buffers = [stats.base.new_empty(stop - start, rows.z.shape[1]) for _ in range(count)]
+        yield _Block(rows, terms, stats, start, stop, [x[: stop - start] for x in buffers])
 
 
 class _Block:
-    """A block of rows in the accumulation dtype, small enough for its buffers to stay in cache."""
+    """A block of rows in the accumulation dtype, small enough for its buffers to stay in cache.
 
-    def __init__(self, rows: LogitRows, stats: RowStats, start: int, stop: int, buffers: list[Tensor]) -> None:
-        self.rows, self.out, self.start, self.stop = rows, stats.rows(start, stop), start, stop
-        self.acc = buffers[0].dtype
-        self.unsupported: Tensor | None = None  # bool [b] where there are such rows, once the statistics are known
-        self.tie = tie_width(self.acc)
-        of_z, of_t, *self.buffers = buffers
-        # The logits where they lie, or in the block's dtype; `_centre` makes them relative to their row's maximum.
-        self.z = _load(rows.z[start:stop], None, of_z)
-        index = rows.t_index
-        t, index = (rows.t[start:stop], None) if index is None else (rows.t, index[start:stop])
-        self.t = _load(t, index, of_t)
-        self.of_z, self.of_t = of_z, of_t
+    `z` and `t` are the logits in that dtype, where they lie or in a buffer. `centre` makes them relative to their row's
+    maximum. After it, `unsupported` is bool `[b]`, or None without such rows. `log_mass` `[b]` is None where p is pt.
+    """
 
-    def statistics(self, normalizer: Normalizer | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the statistics; returns q, pt and 2 w q, each `[b, V]`, the last 0 in the column of q's maximum."""
-        out, tie = self.out, self.tie
+    def __init__(
+        self, rows: LogitRows, terms: tuple[str, ...], stats: RowStats, start: int, stop: int, buffers: list[Tensor]
+    ) -> None:
+        self.rows, self.out, self.start, self.stop = rows.rows(start, stop), stats.rows(start, stop), start, stop
+        self.of_z, self.of_t, self.of_q, self.of_pt, self.of_ratio, *of_terms = buffers
+        self.tie = tie_width(self.of_z.dtype)
+        self.z_top, self.z_log_total, self.t_top, self.t_log_total, mass = self.out.base.unbind(0)
+        self.log_mass: Tensor | None = mass
+        self.z = _load(self.rows.z, None, self.of_z)
+        self.t = _load(self.rows.t, self.rows.t_index, self.of_t)
+        self.terms = []
+        for name, value, sigma, top in zip(terms, self.out.values, *self.out.saved, strict=True):
+            term = TERM_OF[name]
+            self.terms.append(term(value, sigma, top, of_terms.pop() if term.has_buffer else self.of_pt))
+
+    def statistics(self) -> None:
+        """Write the statistics."""
+        out = self.out
         z_top, z_at = _argmax(self.z)
         t_top, t_at = _argmax(self.t)
-        out.draft_top.copy_(z_top)
-        out.target_top.copy_(t_top)
+        self.z_top.copy_(z_top)
+        self.t_top.copy_(t_top)
         out.draft_argmax.copy_(z_at)
         if out.target_argmax is not None:
             out.target_argmax.copy_(t_at)
-        self._centre()
-        q, pt, ratio, ramp = self.buffers
-        torch.softmax(self.z, 1, out=q)
-        torch.softmax(self.t, 1, out=pt)
+        self.centre()
+        self.q = torch.softmax(self.z, 1, out=self.of_q)
+        self.pt = torch.softmax(self.t, 1, out=self.of_pt)
         if self.unsupported is not None:
-            pt.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
-        q_top, q_rest = _top_and_rest(q, z_at)
-        out.draft_log_total.copy_(_log_total(q_top, q_rest))
-        out.target_log_total.copy_(_log_total(*_top_and_rest(pt, t_at)))
+            self.pt.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
+        self.q_top, self.q_rest = _top_and_rest(self.q, z_at)
+        self.z_log_total.copy_(_log_total(self.q_top, self.q_rest))
+        self.t_log_total.copy_(_log_total(*_top_and_rest(self.pt, t_at)))
         if self.unsupported is not None:
-            out.target_log_total.masked_fill_(self.unsupported, 0.0)
-        log_mass = self._mass(normalizer)
+            self.t_log_total.masked_fill_(self.unsupported, 0.0)
+        self.log_mass = self._mass(out.log_mass)
 
-        # The column of q's maximum, from complements: 1 - q and 1 - p keep the digits that q and p have lost there.
-        log_q = -out.draft_log_total
-        log_pt = _at(self.t, z_at) - out.target_log_total
-        log_p = log_pt + log_mass
-        w = _top_weight(log_q, log_p, tie)
-        torch.sub(-torch.expm1(log_pt), q_rest, out=out.top_kl)  # (1 - pt) - (1 - q)
-
-        p = pt if normalizer is None else torch.mul(pt, log_mass.exp().unsqueeze(1), out=ramp)
-        rest = torch.minimum(p, q, out=ratio).scatter_(1, z_at.unsqueeze(1), 0.0).sum(1)
-        top = torch.minimum(log_q, log_p)
-        alpha = top.exp() + rest
-        missed = (-torch.expm1(top) - rest).clamp_(min=0.0)  # 1 - alpha
-        torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=out.log_acceptance)
-
-        twice_w_q = self._twice_w_q(q, log_mass, normalizer is not None)
-        torch.sum(ratio.mul_(pt), 1, out=out.kl)
-        w_rest = twice_w_q.scatter_(1, z_at.unsqueeze(1), 0.0).sum(1).mul_(0.5)
-        w_top = w * top.exp()
-        torch.div(w_top + w_rest, alpha, out=out.sigma)
-        torch.div(w_top * q_rest - q_top * w_rest, alpha, out=out.top_log_acceptance)
-
-        careful = (alpha < SMALLEST_LINEAR) & out.supported
-        if _any(careful):
-            self._careful_acceptance(careful.nonzero().squeeze(1), w)
-        careful = ~torch.isfinite(out.kl) & out.supported
-        if _any(careful):
-            self._careful_kl(careful.nonzero().squeeze(1))
-        # A NaN of the draft, which the floor of log_ratio hides, or of the normaliser, which KL does not use.
-        out.kl.masked_fill_(out.log_acceptance.isnan(), float("nan"))
+        # In the column of q's maximum, 1 - q and 1 - p keep the digits that q and p have lost.
+        self.column = z_at.unsqueeze(1)
+        self.log_pt_top = _at(self.t, z_at) - self.t_log_total
+        for term in self.terms:
+            term.statistics(self)
+        # NaN of either side or of the normaliser has to reach all terms; FLOOR hides it, and KL uses no normaliser.
+        broken = self.z_log_total + self.t_log_total
+        broken = (broken if self.log_mass is None else broken + self.log_mass).isnan()
+        out.values.masked_fill_(broken, float("nan"))
+        out.saved.masked_fill_(broken, float("nan"))
         if self.unsupported is not None:
-            for x in (out.sigma, out.top_log_acceptance, out.top_kl, out.kl):
-                x.masked_fill_(self.unsupported, 0.0)
-            out.log_acceptance.masked_fill_(self.unsupported, NEG_INF)
-        return q, pt, twice_w_q
+            out.saved.masked_fill_(self.unsupported, 0.0)
+            for term in self.terms:
+                term.value.masked_fill_(self.unsupported, term.without_answer)
 
-    def probabilities(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, pt, 2 w q, each `[b, V]`, from the statistics, for any block of columns."""
-        self._centre()
-        q, pt, _, _ = self.buffers
-        _exp_minus(self.z, self.out.draft_log_total, q)
-        _exp_minus(self.t, self.out.target_log_total, pt)
-        return q, pt, self._twice_w_q(q, self.out.log_mass, True)
-
-    def gradient(
-        self, q: Tensor, pt: Tensor, twice_w_q: Tensor, d_log_alpha: Tensor, d_kl: Tensor, gradient_out: Tensor
-    ) -> None:
-        """Write the gradient; consumes `twice_w_q`."""
-        out = self.out
-        d_log_alpha = torch.where(out.supported, d_log_alpha * self.rows.z_scale, 0.0)
-        d_kl = torch.where(out.supported, d_kl * self.rows.z_scale, 0.0)
-        linear = out.log_acceptance > math.log(SMALLEST_LINEAR)
-        careful = ~linear & out.supported
-        rows = careful.nonzero().squeeze(1) if _any(careful) else None
-        if rows is not None:  # before gradient_out, which may be z, is written
-            careful_gradient = self._careful_gradient(rows, d_log_alpha[rows], d_kl[rows])
-
-        # w q / alpha * d_log_alpha  +  q * (d_kl - sigma * d_log_alpha)  -  pt * d_kl
-        half = torch.where(linear, 0.5 * d_log_alpha * torch.exp(-out.log_acceptance), 0.0)
-        rest = d_kl - out.sigma * d_log_alpha
-        total = twice_w_q.mul_(half.unsqueeze(1)).addcmul_(q, rest.unsqueeze(1))
+    def gradient(self, factors: _Factors, gradient_out: Tensor) -> None:
+        """Write the gradient. Nothing of q is left then."""
+        columns = [term.columns(self) for term in self.terms]
+        of_q, top, *of_terms = factors.numbers.unsqueeze(2)
+        total = self.q.mul_(of_q)
+        for x, factor in zip(columns[:-1], of_terms[:-1], strict=True):
+            total.addcmul_(x, factor)
         into = gradient_out if gradient_out.dtype == total.dtype else total
-        torch.addcmul(total, pt, d_kl.neg().unsqueeze(1), out=into)
-        if rows is not None:
-            into[rows] = careful_gradient
-        self._write_top(into, d_log_alpha * out.top_log_acceptance + d_kl * out.top_kl)
+        torch.addcmul(total, columns[-1], of_terms[-1], out=into)
+        column, inside = factors.column.unsqueeze(1), factors.inside.unsqueeze(1)
+        into.scatter_(1, column, torch.where(inside, top, into.gather(1, column)))
         if self.unsupported is not None:
             into.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
         if into is total:
             gradient_out.copy_(total)
 
-    def _centre(self) -> None:
-        """Take the row's maximum off the logits, and scale: exact, whatever their common offset."""
-        rows, out = self.rows, self.out
-        unsupported = ~out.supported
-        self.unsupported = unsupported if _any(unsupported) else None
-        self.z = _centred(self.z, out.draft_top, rows.z_scale, self.of_z)
-        self.t = _centred(self.t, out.target_top, rows.t_scale, self.of_t)
+    def centre(self) -> None:
+        """Take each row's maximum off its logits, and scale them. This is exact, whatever their common offset."""
+        self.unsupported: Tensor | None = self.t_top == NEG_INF
+        if not _any(self.unsupported):
+            self.unsupported = None
+        self.z = _centred(self.z, self.z_top, self.rows.z_scale, self.of_z)
+        self.t = _centred(self.t, self.t_top, self.rows.t_scale, self.of_t)
 
-    def _mass(self, normalizer: Normalizer | None) -> Tensor:
-        """log_mass as the formulas use it; `out.log_mass` keeps what a nonsensical normaliser gave."""
-        out = self.out
-        if normalizer is None:
-            return out.log_mass.zero_()
-        given, t_scale = normalizer.value[self.start : self.stop].to(self.acc), self.rows.t_scale
-        if normalizer.is_mass:
-            log_mass = torch.where(out.supported, given, 0.0)
-            out.log_mass.copy_(log_mass)
-        else:
-            log_mass = torch.where(out.supported, (t_scale * out.target_top - given) + out.target_log_total, 0.0)
-            out.log_mass.copy_(log_mass)
-            most = normalizer.most_log_mass(given, out.target_top, t_scale)
-            log_mass = log_mass.masked_fill(log_mass > most, float("nan"))
-        return log_mass
+    @cached_property
+    def q(self) -> Tensor:
+        return _exp_minus(self.z, self.z_log_total, self.of_q)
 
-    def _twice_w_q(self, q: Tensor, log_mass: Tensor, has_mass: bool) -> Tensor:
-        """`2 w q` = q + ramp * q, in the last buffer: exactly 0 where q > p, however small the rest.
+    @cached_property
+    def pt(self) -> Tensor:
+        return _exp_minus(self.t, self.t_log_total, self.of_pt)
 
-        The one before it holds log pt - log q then: finite where either is -inf, but +inf where only q is 0.
-        """
-        _, _, ratio, ramp = self.buffers
-        constant = (self.out.draft_log_total - self.out.target_log_total).unsqueeze(1)
-        torch.sub(self.t, self.z, out=ratio).add_(constant)
-        ratio.nan_to_num_(nan=FLOOR, posinf=float("inf"), neginf=FLOOR)
-        if has_mass:
-            torch.add(ratio, log_mass.unsqueeze(1), out=ramp).clamp_(-self.tie, self.tie)
-        else:
-            torch.clamp(ratio, -self.tie, self.tie, out=ramp)
-        return torch.addcmul(q, ramp, q, value=1 / self.tie, out=ramp)
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """log pt - log q. It is finite where pt is 0, and +inf where only q is 0."""
+        ratio = torch.sub(self.t, self.z, out=self.of_ratio)
+        ratio.add_((self.z_log_total - self.t_log_total).unsqueeze(1))
+        return ratio.nan_to_num_(nan=FLOOR, posinf=float("inf"), neginf=FLOOR)
 
-    def _write_top(self, total: Tensor, values: Tensor) -> None:
-        """Put the gradient of each row's column of q's maximum where that column is in this block."""
-        column = self.out.draft_argmax - self.rows.first_column
-        inside = (column >= 0) & (column < total.shape[1])
-        column = torch.where(inside, column, 0).unsqueeze(1)
-        values = values.unsqueeze(1)
-        total.scatter_(1, column, torch.where(inside.unsqueeze(1), values, total.gather(1, column)))
-
-    def _log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def log_probs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log q, log p and log pt of some rows."""
-        out = self.out
-        log_q = self.z[rows] - out.draft_log_total[rows].unsqueeze(1)
-        log_pt = self.t[rows] - out.target_log_total[rows].unsqueeze(1)
-        return log_q, log_pt + out.log_mass[rows].unsqueeze(1), log_pt
+        log_q = self.z[rows] - self.z_log_total[rows].unsqueeze(1)
+        log_pt = self.t[rows] - self.t_log_total[rows].unsqueeze(1)
+        return log_q, log_pt if self.log_mass is None else log_pt + self.log_mass[rows].unsqueeze(1), log_pt
 
-    def _careful_acceptance(self, rows: Tensor, w_top: Tensor) -> None:
-        """log alpha, sigma and the gradient at the maximum in log space, where no term underflows before it is
-        compared. No digits are lost at the maximum: alpha is far from 1."""
-        out = self.out
-        log_q, log_p, _ = self._log_probs(rows)
-        at = out.draft_argmax[rows].unsqueeze(1)
-        log_alpha = torch.minimum(log_q, log_p).logsumexp(1)
-        w_r = _w_r(log_q, log_p, log_alpha, self.tie)
-        r_top = (torch.minimum(log_q, log_p).gather(1, at).squeeze(1) - _finite(log_alpha)).clamp_(max=0.0).exp_()
-        w_r.scatter_(1, at, (w_top[rows] * r_top).unsqueeze(1))
-        out.log_acceptance[rows] = log_alpha
-        out.sigma[rows] = w_r.sum(1)
-        out.top_log_acceptance[rows] = _at(w_r, at.squeeze(1)) - out.sigma[rows] * _at(log_q, at.squeeze(1)).exp()
+    def some(self, careful: Tensor) -> Tensor | None:
+        """The indices of the rows that `careful` marks and that have an answer, if there are any."""
+        if self.unsupported is not None:
+            careful = careful & ~self.unsupported
+        return careful.nonzero().squeeze(1) if _any(careful) else None
 
-    def _careful_kl(self, rows: Tensor) -> None:
-        """KL where some log q are -inf: only those count that the target may say."""
-        log_q, _, log_pt = self._log_probs(rows)
-        pt = log_pt.exp()
-        self.out.kl[rows] = torch.where(pt == 0, 0.0, pt * (log_pt - log_q)).sum(1)
+    def _mass(self, out: Tensor) -> Tensor | None:
+        """log_mass as the formulas use it: NaN where the normaliser makes no sense. `out` keeps the number itself."""
+        normalizer = self.rows.normalizer
+        if normalizer is None:
+            out.zero_()
+            return None
+        given, t_scale = normalizer.value.to(out.dtype), self.rows.t_scale
+        out.copy_(given if normalizer.is_mass else (t_scale * self.t_top - given) + self.t_log_total)
+        if self.unsupported is not None:
+            out.masked_fill_(self.unsupported, 0.0)
+        if normalizer.is_mass:
+            return out
+        return out.masked_fill(out > normalizer.most_log_mass(given, self.t_top, t_scale), float("nan"))
 
-    def _careful_gradient(self, rows: Tensor, d_log_alpha: Tensor, d_kl: Tensor) -> Tensor:
-        log_q, log_p, log_pt = self._log_probs(rows)
-        out = self.out
-        q, pt = log_q.exp(), log_pt.exp()
-        d_alpha_z = _w_r(log_q, log_p, out.log_acceptance[rows], self.tie) - out.sigma[rows].unsqueeze(1) * q
-        return d_kl.unsqueeze(1) * (q - pt) + d_log_alpha.unsqueeze(1) * d_alpha_z
+
+@dataclass
+class _Term:
+    """A term on a block of rows: its results `[b]`, and a buffer `[b, V]` if it `has_buffer`.
+
+    `statistics` writes the results. `factor(value, d) * columns(block)` is d * c, what the term adds to the gradient
+    outside the column of q's maximum. `without_answer` is the value where the target has no mass. A term does not hold
+    its block: two objects that refer to each other would keep their buffers until Python's next collection.
+    """
+
+    value: Tensor
+    sigma: Tensor
+    top: Tensor
+    buffer: Tensor
+
+
+class _LogAcceptance(_Term):
+    """In linear space w r = 2 w q / (2 alpha), and the columns are 2 w q. Where alpha is too small, they are w r."""
+
+    has_buffer, without_answer = True, NEG_INF
+    twice_w_q: Tensor | None = None  # made by the statistics, where they come first
+
+    def statistics(self, block: _Block) -> None:
+        tie = block.tie
+        log_q, log_p, p = -block.z_log_total, block.log_pt_top, block.pt
+        if block.log_mass is not None:
+            log_p = log_p + block.log_mass
+            p = torch.mul(p, block.log_mass.exp().unsqueeze(1), out=self.buffer)
+        w = _top_weight(log_q, log_p, tie)
+        rest = torch.minimum(p, block.q, out=self.buffer).scatter_(1, block.column, 0.0).sum(1)
+        top = torch.minimum(log_q, log_p)
+        alpha = top.exp() + rest
+        missed = (-torch.expm1(top) - rest).clamp_(min=0.0)  # 1 - alpha
+        torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=self.value)
+
+        self.twice_w_q = self._twice_w_q(block)
+        w_rest = self.twice_w_q.scatter_(1, block.column, 0.0).sum(1).mul_(0.5)
+        w_top = w * top.exp()
+        torch.div(w_top + w_rest, alpha, out=self.sigma)
+        torch.div(w_top * block.q_rest - block.q_top * w_rest, alpha, out=self.top)
+        if (rows := block.some(alpha < SMALLEST_LINEAR)) is not None:
+            # No digits are lost at the maximum: alpha is far from 1.
+            log_q, log_p, _ = block.log_probs(rows)
+            at, smaller = block.column[rows], torch.minimum(log_q, log_p)
+            log_alpha = smaller.logsumexp(1)
+            w_r = _w_r(log_q, log_p, log_alpha, tie)
+            r_top = (smaller.gather(1, at) - _finite(log_alpha).unsqueeze(1)).clamp_(max=0.0).exp_()
+            w_r.scatter_(1, at, w[rows].unsqueeze(1) * r_top)
+            self.value[rows], self.sigma[rows] = log_alpha, w_r.sum(1)
+            self.top[rows] = _at(w_r, at.squeeze(1)) - self.sigma[rows] * _at(log_q, at.squeeze(1)).exp()
+
+    def _twice_w_q(self, block: _Block) -> Tensor:
+        """`2 w q` = q + ramp * q. It is exactly 0 where q > p."""
+        ramp, tie = self.buffer, block.tie
+        if block.log_mass is None:
+            torch.clamp(block.log_ratio, -tie, tie, out=ramp)
+        else:
+            torch.add(block.log_ratio, block.log_mass.unsqueeze(1), out=ramp).clamp_(-tie, tie)
+        return torch.addcmul(block.q, ramp, block.q, value=1 / tie, out=ramp)
+
+    def columns(self, block: _Block) -> Tensor:
+        columns = self._twice_w_q(block) if self.twice_w_q is None else self.twice_w_q
+        if (rows := block.some(~_is_linear(self.value))) is not None:
+            log_q, log_p, _ = block.log_probs(rows)
+            columns[rows] = _w_r(log_q, log_p, self.value[rows], block.tie)
+        return columns
+
+    @staticmethod
+    def factor(value: Tensor, d: Tensor) -> Tensor:
+        return torch.where(_is_linear(value), 0.5 * d * torch.exp(-value), d)
+
+
+class _KL(_Term):
+    """c = -pt, sigma = -1: the gradient is q - pt."""
+
+    has_buffer, without_answer = False, 0.0
+
+    def statistics(self, block: _Block) -> None:
+        product = block.log_ratio.mul_(block.pt)
+        del block.log_ratio  # A term that comes later makes it again.
+        torch.sum(product, 1, out=self.value)
+        self.sigma.fill_(-1.0)
+        torch.sub(-torch.expm1(block.log_pt_top), block.q_rest, out=self.top)  # (1 - pt) - (1 - q)
+        if (rows := block.some(~torch.isfinite(self.value))) is not None:
+            # Some log q are -inf: only those count that the target may say.
+            log_q, _, log_pt = block.log_probs(rows)
+            pt = log_pt.exp()
+            self.value[rows] = torch.where(pt == 0, 0.0, pt * (log_pt - log_q)).sum(1)
+
+    def columns(self, block: _Block) -> Tensor:
+        return block.pt
+
+    @staticmethod
+    def factor(value: Tensor, d: Tensor) -> Tensor:
+        return -d
+
+
+TERM_OF: dict[str, type[_LogAcceptance] | type[_KL]] = {"log_acceptance": _LogAcceptance, "kl": _KL}
+
+# Buffers of a block: centred z and t, q, pt, log pt - log q; and those of all terms.
+SHARED_BUFFERS = 5
+NUM_BUFFERS = SHARED_BUFFERS + sum(term.has_buffer for term in TERM_OF.values())
+
+
+def _is_linear(log_alpha: Tensor) -> Tensor:
+    """Whether linear space holds such rows. (False for NaN.)"""
+    return log_alpha > math.log(SMALLEST_LINEAR)
 
 
 def _w_r(log_q: Tensor, log_p: Tensor, log_alpha: Tensor, tie: float) -> Tensor:
-    """`w r`; selected before it is exponentiated, because 0 * exp(large) is not 0. 0 where alpha is 0."""
+    """`w r`, and 0 where alpha is 0. The minimum is selected before exp, because 0 * exp(large) is not 0."""
     smaller = torch.minimum(log_q, log_p)
     log_r = torch.where(smaller == NEG_INF, NEG_INF, smaller - _finite(log_alpha).unsqueeze(1))
     # Where both are -inf their difference is NaN, and r is 0.
@@ -299,15 +363,18 @@ def _w_r(log_q: Tensor, log_p: Tensor, log_alpha: Tensor, tie: float) -> Tensor:
 
 
 def _top_weight(log_q: Tensor, log_p: Tensor, tie: float) -> Tensor:
-    """w of the column of q's maximum: the ramp over the relative difference of log q and log p, both near 0 there."""
+    """w in the column of q's maximum. Log q and log p may be near 0 there, so the ramp is relative to their size."""
     width = torch.maximum(log_q.abs(), log_p.abs()).mul_(tie).clamp_(min=torch.finfo(log_q.dtype).tiny)
     ramp = torch.where(log_p == NEG_INF, -1.0, (log_p - log_q) / width)
     return ramp.clamp_(-1, 1).add_(1).mul_(0.5)
 
 
 def _top_and_rest(probs: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest probability of each row, and the sum of all others: added up where the largest is near 1 and has
-    lost its digits, else what it leaves of 1, because `probs` sum to 1 only up to rounding."""
+    """The largest probability of each row, and the sum of all others.
+
+    Where the largest is near 1, the others are added up, because 1 - top has lost its digits. Elsewhere the sum is
+    1 - top, because `probs` sum to 1 only up to rounding.
+    """
     top = _at(probs, at)
     if not _any(top > 0.5):
         return top, 1 - top
@@ -322,8 +389,8 @@ def _log_total(top: Tensor, rest: Tensor) -> Tensor:
     return torch.where(rest < 0.5, -torch.log1p(-rest), -top.log())
 
 
-def _exp_minus(x: Tensor, log_total: Tensor, out: Tensor) -> None:
-    """Write exp(x - log_total) of any columns `x`, relative to their row's maximum, that `log_total` `[b]` is of.
+def _exp_minus(x: Tensor, log_total: Tensor, out: Tensor) -> Tensor:
+    """exp(x - log_total), in `out`: `x` are any columns, relative to their row's maximum, whose `log_total` is `[b]`.
 
     As softmax(x) * exp(logsumexp(x) - log_total): `torch.softmax` takes max, exp, sum and quotient in less time than
     `torch.exp` alone (0.38 against 0.60 ns an element; AMD EPYC, one thread), and the sum's rounding cancels.
@@ -334,7 +401,7 @@ def _exp_minus(x: Tensor, log_total: Tensor, out: Tensor) -> None:
     factor = torch.where(impossible, 0.0, (top - log_total).exp_() / out.amax(1))
     if _any(impossible):
         out.masked_fill_(impossible.unsqueeze(1), 0.0)
-    out.mul_(factor.unsqueeze(1))
+    return out.mul_(factor.unsqueeze(1))
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
@@ -343,10 +410,10 @@ def _at(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The maximum of each row and the lowest index that has it.
+    """The maximum of each row, and the lowest index that has it.
 
-    `torch.argmax` is not vectorised on the CPU; a maximum of 128-wide groups and an argmax over those is (ten times
-    faster at V = 32,000).
+    `torch.argmax` is not vectorised on the CPU. The maxima of groups of 128 columns, and an argmax over those, are ten
+    times faster at V = 32,000.
     """
     size = x.shape[1]
     group = 128
@@ -364,7 +431,7 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _load(x: Tensor, index: Tensor | None, buffer: Tensor) -> Tensor:
-    """The rows `x`, or `x[index]`, in the buffer's dtype: in the buffer, unless they can be read where they lie."""
+    """The rows `x`, or `x[index]`, in the buffer's dtype. They stay where they lie if they can be read there."""
     if index is None:
         return x if x.dtype == buffer.dtype else buffer.copy_(x)
     return torch.index_select(x, 0, index, out=buffer) if x.dtype == buffer.dtype else buffer.copy_(x[index])
@@ -388,5 +455,5 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _any(mask: Tensor) -> bool:
-    """Whether any row needs another path; free on a CPU. (Memory accounting on fake tensors answers False.)"""
+    """Whether any row needs another path. This costs nothing on a CPU. (Accounting on fake tensors answers False.)"""
     return bool(mask.any())

@@ -3,7 +3,8 @@
 The one-line change is `specforge.apply(model)`, on an `OnlineEagle3Model` before it is wrapped in DDP or FSDP.
 """
 
-from .eagle3 import SUPPORTED, apply, unapply
+from ..seams import unapply
+from .eagle3 import SUPPORTED, apply
 from .lk_loss import compute_acceptance_rate, compute_lk_loss, expected_acceptance_rate
 
 __all__ = [

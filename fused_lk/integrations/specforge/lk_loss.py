@@ -1,8 +1,9 @@
 """The functions of `specforge.core.lk_loss`, by name and signature, for logits in hand.
 
-They need no SpecForge. What differs is what the originals get wrong: log alpha is taken in log space, so that disjoint
-distributions have the gradient they should have, not NaN (`where(alpha > 0, log(alpha), 0)` differentiates the branch
-it does not take), and rows outside the mask never reach a sum, whatever they hold.
+They need no SpecForge. They differ from the originals in two cases, which those get wrong. Disjoint distributions have
+a finite gradient here, because log alpha is taken in log space. The original `where(alpha > 0, log(alpha), 0)` gives
+NaN there, because it also differentiates the branch that it does not take. Rows outside the mask never reach a sum,
+whatever they hold.
 """
 
 from __future__ import annotations
@@ -12,22 +13,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import checks
-from ...losses import lk_divergences_from_logits
-from ...metrics import Divergences
-from ...target import Target
+from ... import Divergences, Target, checks, lk_divergences_from_logits
 
-# (numerator, denominator) -> both, summed over ranks; called with keywords local_correct and local_denom.
+# It sums a numerator and a denominator over ranks, and is called with the keywords local_correct and local_denom.
 Reduce = Callable[..., tuple[Tensor, Tensor]]
 
 LK_LOSS_TYPES = ("alpha", "lambda")
 
 
 def expected_acceptance_rate(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """`sum_v min(p_v, q_v)` of each row: `[..., V]` probabilities to `[...]`.
+    """Return `sum_v min(p_v, q_v)` of each row: `[..., V]` probabilities give `[...]`.
 
     Raises:
-        ValueError: two different shapes.
+        ValueError: the two shapes differ.
     """
     checks.shape("draft_probs", draft_probs, tuple(target_probs.shape), "the shape of target_probs")
     return torch.minimum(target_probs, draft_probs).sum(dim=-1)
@@ -41,11 +39,11 @@ def compute_acceptance_rate(
     eps: float = 1e-8,
     reduce_fn: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Means of alpha and of log alpha over the tokens, weighted by `position_mask`.
+    """Return the means of alpha and of log alpha over the tokens, weighted by `position_mask`.
 
     Args:
         logits: `[..., V]`, the draft's.
-        target_probs: `[..., V]`, the target's on the draft vocabulary, summing to at most 1; a constant.
+        target_probs: `[..., V]`, the target's on the draft vocabulary; they sum to at most 1, and get no gradient.
         position_mask: `[..., 1]` weights; rows of 0 are ignored.
         eps: lower bound of the mask's sum.
         reduce_fn: sums numerator and denominator over ranks.
@@ -68,13 +66,13 @@ def compute_lk_loss(
     kl_scale: float,
     kl_decay: float,
 ) -> Tensor:
-    """`-log_acceptance_rate` for "alpha"; `w * kl_loss + (1 - w) * (1 - acceptance_rate)` for "lambda".
+    """Return `-log_acceptance_rate` for "alpha", `w * kl_loss + (1 - w) * (1 - acceptance_rate)` for "lambda".
 
-    `w = kl_scale * exp(-kl_decay * stop_grad(acceptance_rate))`, one weight for the batch; neither number is bounded
-    (above `w = 1` the second term changes sign).
+    One weight `w = kl_scale * exp(-kl_decay * stop_grad(acceptance_rate))` serves the whole batch. `kl_scale` and
+    `kl_decay` may be any numbers; where `w` is above 1, the second term changes sign.
 
     Raises:
-        ValueError: another `lk_loss_type`.
+        ValueError: `lk_loss_type` is neither of the two.
     """
     checks.choice("lk_loss_type", lk_loss_type, LK_LOSS_TYPES)
     if lk_loss_type == "alpha":
@@ -86,7 +84,7 @@ def compute_lk_loss(
 def acceptance_means(
     divergences: Divergences, position_mask: Tensor, eps: float = 1e-8, reduce_fn: Reduce | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Masked means of alpha and of log alpha; `position_mask` is `[..., 1]`."""
+    """Return the means of alpha and of log alpha, as `compute_acceptance_rate` gives them."""
     log_acceptance = divergences.log_acceptance
     log_acceptance = torch.where(log_acceptance > float("-inf"), log_acceptance, 0)
     weights = position_mask.squeeze(-1).to(log_acceptance.dtype)

@@ -1,10 +1,11 @@
 """vLLM speculators 0.9.0: its fused losses on any device, and its EAGLE-3 model without logits.
 
-The one-line change is `speculators.register()`, after which `resolve_loss_config` gives the functions below; or
-`speculators.apply(model)`, on an `Eagle3DraftModel` before it is sharded, which does away with the logits.
+The one-line change is one of two. After `speculators.register()`, `resolve_loss_config` gives the functions below.
+`speculators.apply(model)`, on an `Eagle3DraftModel` before it is sharded, does without the logits altogether.
 """
 
-from .eagle3 import apply, unapply
+from ..seams import unapply
+from .eagle3 import apply
 from .losses import (
     SUPPORTED,
     fused_kl_div_loss,

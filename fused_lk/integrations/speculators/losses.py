@@ -1,11 +1,12 @@
 """The functions of `speculators.losses.fused`, by name and signature, on any device.
 
-Logits and target logits over the draft vocabulary come in, `[1, T, V]`; one loss per token goes out, `[1, T]`. Both
-distributions are normalised there, as everywhere in speculators. The logits are the caller's, so what is saved is time
-and softmaxes, not the logits; `apply` (see `eagle3`) does away with those.
+They take logits and target logits over the draft vocabulary, `[1, T, V]`, and give one loss per token, `[1, T]`. Both
+distributions are normalised over the draft vocabulary, as everywhere in speculators. These functions save time, and the
+memory of the softmaxes. They cannot save the logits, because the caller makes them; `apply` (see `eagle3`) can.
 
-`nla` is not clamped: below an acceptance rate of 1e-5, where the published one is constant and has no gradient, this
-one goes on as -log alpha. Target logits of -inf are tokens that cannot be drawn, not NaN; a row of them alone loses 0.
+`nla` is not clamped. Below an acceptance rate of 1e-5 the published loss is constant and has no gradient; this one
+goes on as -log alpha. A target logit of -inf means a token that cannot be drawn, and gives no NaN. A row that has only
+such logits has the loss 0.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...losses import lk_divergences_from_logits
-from ...metrics import Divergences
-from ...target import Target
+from ... import Divergences, Target, lk_divergences_from_logits
 from .. import seams
 
 SUPPORTED = ("0.9.0",)
@@ -72,7 +71,7 @@ def _divergences(logits: Tensor, targets: Tensor) -> Divergences:
     return lk_divergences_from_logits(logits, Target.from_logits(targets.detach(), renormalize=True))
 
 
-# What this package has, by speculators' names; the others stay theirs.
+# The losses that this package replaces, by speculators' names.
 FUSED: dict[str, Callable[..., Tensor]] = {
     "kl_div": fused_kl_div_loss,
     "tv": fused_tv_loss,
@@ -80,7 +79,7 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "lk_hybrid": fused_lk_hybrid_loss,
 }
 
-_replaced: dict[str, Callable[..., Tensor]] = {}
+_replaced: dict[str, Callable[..., Tensor]] = {}  # The published losses wait here until `unregister`.
 
 
 def register() -> None:
@@ -100,7 +99,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`; nothing happens without one. What another caller registered since then stays."""
+    """Undo `register`, if it was called. A loss that another caller has registered since then stays."""
     if _replaced:
         from speculators.losses import utils
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checks
-from .gemm import compute_dtype
-from .vocab import DraftVocab
+from .. import checks
+from ..gemm import compute_dtype
+from .vocab import DraftVocab, check_vocab
 
 
 class TargetHead:
@@ -55,18 +55,13 @@ class TargetHead:
         return kept
 
 
-def check_is_vocab(vocab: Any) -> None:
-    """`vocab` is None or a `DraftVocab`."""
-    if vocab is not None and not isinstance(vocab, DraftVocab):
-        checks.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
-
-
-def check_vocab(vocab: Any, size: int, name: str) -> None:
-    """`vocab` is None, or a `DraftVocab` over `size` target tokens, as `name` has."""
-    check_is_vocab(vocab)
-    if vocab is not None and vocab.target_size != size:
-        checks.fail(
-            f"a DraftVocab over {size} target tokens, as {name} has",
-            vocab,
-            "Pad or trim t2d to the target's vocabulary.",
-        )
+def as_head(head: Any, vocab: DraftVocab | None, bias: Tensor | None) -> TargetHead:
+    """A `TargetHead` as it is, or the head of a bare weight with its vocabulary and bias."""
+    if isinstance(head, Tensor):
+        return TargetHead(head, vocab, bias)
+    if not isinstance(head, TargetHead):
+        remedy = checks.instead(head, "Build TargetHead(weight, vocab).")
+        checks.fail("head to be a TargetHead or a weight tensor", head, remedy, TypeError)
+    if vocab is not None or bias is not None:
+        checks.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
+    return head

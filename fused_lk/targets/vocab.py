@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks
 
 
 class DraftVocab:
@@ -64,29 +66,23 @@ class DraftVocab:
         if target_ids.numel() == 0:
             checks.fail("d2t with at least one token", d2t, "An empty draft vocabulary proposes nothing.")
         low, high, distinct = int(target_ids.min()), int(target_ids.max()), target_ids.unique().numel()
+        remedy = "d2t holds offsets, not target ids; for target ids subtract torch.arange(len(d2t))."
         if low < 0 or high >= target_size:
-            checks.fail(
-                f"draft id + d2t[draft id] in [0, {target_size})",
-                f"target ids from {low} to {high}",
-                "d2t holds offsets, not target ids; for target ids subtract torch.arange(len(d2t)).",
-            )
+            expected = f"draft id + d2t[draft id] in [0, {target_size})"
+            checks.fail(expected, f"target ids from {low} to {high}", remedy)
         if distinct != target_ids.numel():
-            checks.fail(
-                "one target id per draft token",
-                f"{target_ids.numel() - distinct} repeated target id(s)",
-                "d2t holds offsets, not target ids; for target ids subtract torch.arange(len(d2t)).",
-            )
-        vocab = cls.__new__(cls)
-        vocab._set(target_ids, target_size)
-        return vocab
+            repeated = f"{target_ids.numel() - distinct} repeated target id(s)"
+            checks.fail("one target id per draft token", repeated, remedy)
+        return cls.__new__(cls)._set(target_ids, target_size)
 
-    def _set(self, target_ids: Tensor, target_size: int) -> None:
+    def _set(self, target_ids: Tensor, target_size: int) -> DraftVocab:
         self.target_ids = target_ids
         self.target_size = target_size
         self.draft_size = target_ids.numel()
         self.draft_ids = torch.full((target_size,), -1, dtype=torch.long, device=target_ids.device)
         self.draft_ids[target_ids] = torch.arange(self.draft_size, device=target_ids.device)
         self.t2d = self.draft_ids >= 0
+        return self
 
     @property
     def d2t(self) -> Tensor:
@@ -97,9 +93,18 @@ class DraftVocab:
         """This vocabulary on `device` (itself if it is there already)."""
         if self.target_ids.device == torch.device(device):
             return self
-        moved = DraftVocab.__new__(DraftVocab)
-        moved._set(self.target_ids.to(device), self.target_size)
-        return moved
+        return DraftVocab.__new__(DraftVocab)._set(self.target_ids.to(device), self.target_size)
 
     def __repr__(self) -> str:
         return f"DraftVocab({self.draft_size} of {self.target_size} tokens, {self.target_ids.device})"
+
+
+def check_vocab(vocab: Any, size: int | None = None, name: str = "") -> None:
+    """`vocab` is None, or a `DraftVocab`: over `size` target tokens, as `name` has, where a size is given."""
+    if vocab is None:
+        return
+    if not isinstance(vocab, DraftVocab):
+        checks.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
+    if size is not None and vocab.target_size != size:
+        expected = f"a DraftVocab over {size} target tokens, as {name} has"
+        checks.fail(expected, vocab, "Pad or trim t2d to the target's vocabulary.")

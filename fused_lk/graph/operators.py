@@ -1,0 +1,204 @@
+"""The losses as operators of a graph: what `torch.compile` sees in place of the functions of `autograd`.
+
+    fused_lk::row_divergences   the primitive, and all that its gradient needs, per draft row
+    fused_lk::row_gradients     the gradient of the primitive; it makes the logits again
+    fused_lk::one_pass_loss     the loss, and its gradient, which is multiplied by the upstream one later
+
+In a graph, shapes may depend on shapes alone. So all results here are per draft row, `[N]`, and 0 where it is ignored.
+Inside, the operators compact the rows, at one host synchronisation each, and spread the results out again. The rest of
+the loss, which sums `[N]`-sized tensors, is traced as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import gemm
+from ..objective import Objective
+from ..opaque import opaque
+from ..pairs.layout import Layout
+from ..pairs.pairs import Pairs
+from ..rows.interface import Normalizer, RowStats
+from ..targets.target import Target
+from ..walk import by_rows
+from ..walk.draft import near_unit_scale
+from ..walk.plan import Facts, Plan, empty_statistics
+from ..walk.problem import Problem, check_target_rows
+from . import autograd
+
+# A `Problem` as operators take it: the tensors first. `_flat` and `_problem` go there and back.
+_PROBLEM = (
+    "Tensor[] draft, Tensor[] target, Tensor? normalizer, Tensor? valid, Tensor? target_rows, int num_sources, "
+    "bool linear, ScalarType? logits_dtype, float draft_temperature, str target_kind, int target_vocab_size, "
+    "float target_temperature, bool is_mass, float rounding, bool skip_masked, str impl, int? budget, bool[] needs, "
+    "bool finds_target_argmax"
+)
+_NUM_ARGUMENTS, _NUM_TENSORS, _NEEDS = 19, 5, 17
+
+
+def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
+    """`saves`: whether a backward will read these tensors."""
+    k, target = problem.num_sources, problem.target
+    tiles = (target.owned() if saves and target.of_inference_mode else target).tiles
+    normalizer = target.normalizer or Normalizer(None, False, 0.0)  # type: ignore[arg-type]
+    sources = [x.reshape(-1, x.shape[-1]) for x in problem.tensors[:k]]
+    return (
+        *([*sources, *problem.tensors[k:]], list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows),
+        *(k, problem.linear, problem.logits_dtype, problem.draft_temperature),
+        *(tiles.kind, tiles.vocab_size, target.temperature, normalizer.is_mass, normalizer.rounding),
+        *(problem.pairs.skip_masked, problem.impl, problem.budget, list(problem.needs), problem.finds_target_argmax),
+    )
+
+
+def _problem(arguments: Sequence[Any]) -> Problem:
+    draft, target_tensors, value, valid, target_rows, k, linear, logits_dtype, draft_temperature = arguments[:9]
+    kind, size, temperature, is_mass, rounding, skip_masked, impl, budget, needs, finds_argmax = arguments[9:]
+    target = Target.rebuilt(
+        kind, target_tensors, size, temperature, None if value is None else Normalizer(value, is_mass, rounding)
+    )
+    pairs = Pairs(valid, target_rows, skip_masked=skip_masked)
+    shape = (sum(x.shape[0] for x in draft[:k]),)
+    given = (tuple(draft), k, linear, logits_dtype, draft_temperature)
+    return Problem(*given, target, pairs, shape, impl, budget, tuple(needs), finds_argmax)
+
+
+def _planned(arguments: Sequence[Any], one_pass: bool = False) -> tuple[Problem, Plan]:
+    problem = _problem(arguments)
+    check_target_rows(problem.pairs, problem.num_rows, problem.target.tiles.num_rows)
+    return problem, Plan.of(Facts.of(problem), one_pass)
+
+
+def _empty_stats(arguments: Sequence[Any]) -> list[Tensor]:
+    """Unwritten results per row, for tracing."""
+    draft, target, num_sources = arguments[0], arguments[1], arguments[5]
+    acc = gemm.wide_dtype(draft[0].dtype, target[0].dtype)
+    num_rows = sum(x.shape[0] for x in draft[:num_sources])
+    stats = empty_statistics(num_rows, Problem.terms, acc, draft[0].device, arguments[-1])
+    return [x for x in stats if x is not None]
+
+
+def prepare(problem: Problem, one_pass: bool) -> tuple[Layout, Layout]:
+    """Every draft row is a pair of its own; the plan is made inside the operators, where sizes are known."""
+    layout = Layout.of_rows(problem.pairs, problem.num_rows, problem.device)
+    return layout, layout
+
+
+def divergences(problem: Problem, layout: Layout, *_: Tensor) -> list[Tensor]:
+    return row_divergences(*_flat(problem, layout, saves=any(problem.needs)))
+
+
+def one_pass(problem: Problem, layout: Layout, objective: Objective, *_: Tensor) -> tuple[Tensor, ...]:
+    name, eta, kl_scale, weights, kl_weight = objective
+    flat = _flat(problem, layout, saves=False)
+    loss, stats, _, _ = one_pass_loss(*flat, weights, kl_weight, name, eta, kl_scale)
+    return loss, *stats
+
+
+@opaque(f"({_PROBLEM}) -> Tensor[]")
+def row_divergences(*arguments: Any) -> list[Tensor]:
+    """`RowStats` as a list, per draft row."""
+    problem, plan = _planned(arguments)
+    return _per_row(plan.layout, by_rows.statistics(problem, plan), problem.num_rows)
+
+
+@row_divergences.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    return _empty_stats(arguments)
+
+
+@opaque(f"({_PROBLEM}, Tensor[] saved, Tensor d_values) -> Tensor[]")
+def row_gradients(*arguments: Any) -> list[Tensor]:
+    """The gradients of the draft's tensors that `needs` names; `saved` are the first four statistics."""
+    *call, saved, d_values = arguments
+    problem, plan = _planned(call)
+    stats = RowStats(*(plan.layout.per_pair(x) for x in saved))
+    gradients = autograd.gradients(problem, plan, stats, plan.layout.per_pair(d_values))
+    return [x for x in gradients if x is not None]
+
+
+@row_gradients.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, need in zip(arguments[0], arguments[_NEEDS], strict=True) if need]
+
+
+@opaque(
+    f"({_PROBLEM}, Tensor weights, Tensor? kl_weight, str objective, float eta, float kl_scale) "
+    "-> (Tensor, Tensor[], Tensor, Tensor[])"
+)
+def one_pass_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """`(loss, RowStats as a list per draft row, scale, held)`, the last without those that are not needed."""
+    *call, weights, kl_weight, name, eta, kl_scale = arguments
+    problem, plan = _planned(call, one_pass=True)
+    of_pair = plan.layout.per_pair
+    lam = None if kl_weight is None else of_pair(kl_weight)
+    objective = Objective(name, eta, kl_scale, of_pair(weights), lam)
+    scale = near_unit_scale(objective.weights)
+    stats, made = by_rows.one_pass(problem, plan, objective._replace(weights=objective.weights / scale))
+    held = [x for x in made.done() if x is not None]
+    loss = objective.total(stats.values, stats.supported)
+    return loss, _per_row(plan.layout, stats, problem.num_rows), scale, held
+
+
+@one_pass_loss.register_fake
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    *call, weights, _, _, _, _ = arguments
+    draft, num_sources = call[0], call[5]
+    held = []
+    for i, (x, need) in enumerate(zip(draft, call[_NEEDS], strict=True)):
+        if need:
+            dtype = x.dtype if i < num_sources else gemm.held_dtype(x.dtype)
+            held.append(x.new_empty(x.shape, dtype=dtype))
+    return weights.new_empty(()), _empty_stats(call), weights.new_empty(1), held
+
+
+def _per_row(layout: Layout, stats: RowStats, num_rows: int) -> list[Tensor]:
+    """The statistics of every draft row: tensors of their own, as an operator's results must be.
+
+    Rows that are kept for shape have theirs, which tell the backward that they have no answer; others are 0.
+    """
+    return [x if layout.valid is not None else layout.per_row(x, num_rows) for x in stats if x is not None]
+
+
+def _save_divergences(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i != RowStats._fields.index("values")))
+    draft, target, _, valid, target_rows, *ctx.static = inputs
+    ctx.save_for_backward(*draft, *target, valid, target_rows, *output[:4])
+    ctx.num_draft, ctx.num_target = len(draft), len(target)
+
+
+def _divergences_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    saved = list(ctx.saved_tensors)
+    draft, saved = saved[: ctx.num_draft], saved[ctx.num_draft :]
+    target, (valid, target_rows, *stats) = saved[: ctx.num_target], saved[ctx.num_target :]
+    needs = list(ctx.needs_input_grad[0])
+    ctx.static[_NEEDS - _NUM_TENSORS] = needs
+    d_values = gradients[RowStats._fields.index("values")]
+    made = row_gradients.operator(draft, target, None, valid, target_rows, *ctx.static, stats, d_values)
+    return _to_inputs(made, needs, len(target), _NUM_ARGUMENTS)
+
+
+def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, stats, scale, held = output
+    ctx.mark_non_differentiable(*stats, scale, *held)
+    ctx.save_for_backward(scale, *held)
+    ctx.needs, ctx.num_inputs, ctx.num_target = inputs[_NEEDS], len(inputs), len(inputs[1])
+    ctx.like = [(x.dtype, x.shape) for x, need in zip(inputs[0], ctx.needs, strict=True) if need]
+
+
+def _one_pass_backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    scale, *held = ctx.saved_tensors
+    made = autograd.release(held, scale, d_loss, ctx.like)
+    return _to_inputs(made, ctx.needs, ctx.num_target, ctx.num_inputs)
+
+
+def _to_inputs(made: Sequence[Tensor | None], needs: Sequence[bool], num_target: int, num: int) -> tuple[Any, ...]:
+    """Gradients in the structure of an operator's `num` inputs, the first two of which are lists of tensors."""
+    of_needed = iter(made)
+    return [next(of_needed) if need else None for need in needs], [None] * num_target, *[None] * (num - 2)
+
+
+row_divergences.register_autograd(_divergences_backward, setup_context=_save_divergences)
+one_pass_loss.register_autograd(_one_pass_backward, setup_context=_save_one_pass)

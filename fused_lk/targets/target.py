@@ -1,0 +1,253 @@
+"""What the draft is scored against, in its four kinds: hidden states, logits, probabilities, top-k."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..impls import IMPLS
+from ..rows.interface import NEG_INF, Normalizer
+from .head import TargetHead, as_head
+from .hidden import HiddenTiles, of_hidden
+from .logits import LogitsTiles, of_logits
+from .probs import ProbsTiles, of_probs
+from .tiles import Made, Tiles, of_inference_mode
+from .topk import TopKTiles, of_topk
+from .vocab import DraftVocab
+
+KINDS: dict[str, Callable[[Sequence[Tensor], int], Tiles]] = {
+    "hidden": HiddenTiles,
+    "exact_hidden": partial(HiddenTiles, exact=True),
+    "logits": LogitsTiles,
+    "probs": ProbsTiles,
+    "topk": TopKTiles,
+}
+
+
+class Target:
+    """What the draft is scored against; made by `from_hidden`, `from_logits`, `from_probs` or `from_topk`.
+
+    Attributes:
+        shape: the leading shape of what was given. Flattened, it has `num_tokens` rows.
+        draft_vocab_size: the size of the vocabulary that the draft's logits must have.
+        device, dtype: where its logits are, and what they are computed in.
+        log_normalizer: `[...]`, logsumexp over the full target vocabulary of logits / temperature (0 for probabilities
+            and top-k; NaN for rows that `mask` leaves out).
+        token_ids: int64 `[...]`, the target's argmax as target ids, -1 where it was given as not known; None where it
+            was neither given nor computed.
+        in_draft_vocab: bool `[...]`, whether that argmax is in the draft vocabulary; None like `token_ids`.
+
+    A target is a constant: nothing in it receives a gradient, and what requires one is refused. Hidden states, logits
+    or probabilities that inference mode made are copied once, when the recompute plan first needs them in a backward.
+    """
+
+    def __init__(self, made: Made, temperature: float, renormalize: bool) -> None:
+        self.tiles, self.shape, self.vocab = made.tiles, tuple(made.shape), made.vocab
+        self.device, self.dtype = made.tiles.device, made.tiles.dtype
+        self.num_tokens, self.draft_vocab_size = made.tiles.num_rows, made.tiles.vocab_size
+        self.temperature, self.renormalize, self.computed = temperature, renormalize, made.computed
+        # What a walk takes: `[num_tokens]`, or None where p is the softmax of the tile.
+        self.normalizer = None if renormalize else made.normalizer
+        # The argmax as target ids, `[num_tokens]`, or None: then a walk looks for it, if it can be found at all.
+        self.known_ids = made.known_ids
+        self.finds_argmax = made.known_ids is None and made.find is not None
+        # What only a caller reads. A walk never does: a loss must not depend on whether somebody looked.
+        self._log_normalizer, self._find = made.log_normalizer, made.find
+        self._found: tuple[Tensor, ...] | None = None
+        # Noted for each of the tiles' tensors now, because a graph cannot ask later.
+        self._of_inference_mode = [of_inference_mode(x) for x in made.tiles.tensors()]
+        self.of_inference_mode = any(self._of_inference_mode)
+        self._owned: Target | None = None
+
+    @classmethod
+    def rebuilt(
+        cls, kind: str, tensors: Sequence[Tensor], vocab_size: int, temperature: float, normalizer: Normalizer | None
+    ) -> Target:
+        """The target of a walk: one whose tiles have this `kind`, these `tensors()` and this `vocab_size`."""
+        tiles = KINDS[kind](tensors, vocab_size)
+        return cls(Made(tiles, (tiles.num_rows,), None, normalizer), temperature, False)
+
+    @staticmethod
+    def from_hidden(
+        hidden: Tensor,
+        head: TargetHead | Tensor,
+        mask: Tensor | None = None,
+        log_normalizer: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        cache: bool = False,
+        *,
+        vocab: DraftVocab | None = None,
+        bias: Tensor | None = None,
+        temperature: float = 1.0,
+        renormalize: bool = False,
+        impl: str = "auto",
+        workspace_mb: float | str = "auto",
+        logits_dtype: str | torch.dtype = "compute",
+    ) -> Target:
+        """A target from its last hidden states: `p = softmax(hidden @ lm_head_weight.T / temperature)`.
+
+        Over a truncated vocabulary, one streamed pass over the full head gives the normaliser and the argmax; logits
+        of the draft vocabulary are made again, chunk by chunk, where the loss needs them. Over a shared vocabulary the
+        loss finds both in the tiles it makes anyway, and no pass is needed.
+
+        Args:
+            hidden: `[..., H_target]`, of the head's dtype (under `torch.autocast` both are cast, as by `F.linear`).
+            head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=` and `bias=`.
+            mask: optional bool (or integers 0 and 1) `[...]`; rows with False are not computed and may not be used by
+                any pair.
+            log_normalizer, token_ids: optional `[...]`, if known (from an inference engine): then no pass is made.
+                With `log_normalizer` alone accuracy is not known and reported as NaN. An id of -1 is not known: it
+                counts as wrong in accuracy, and as outside the draft vocabulary.
+            cache: keep the draft-vocabulary logits of that same pass, `[rows, V_draft]`: no second target GEMM, at
+                that much memory (the one place where full logits exist).
+            temperature: of the target's softmax, > 0.
+            renormalize: score alpha against p renormalised on the draft vocabulary (vLLM speculators).
+            impl: "auto", "triton" or "torch", and workspace_mb: as in `lk_loss`, for the pass.
+            logits_dtype: as in `lk_loss`, for the target's logits, wherever they are made.
+
+        Raises:
+            TypeError, ValueError: wrong types, ranks, sizes, devices; `hidden` that requires grad.
+        """
+        checks.choice("impl", impl, IMPLS)
+        budget, cache = checks.workspace_bytes(workspace_mb), checks.flag("cache", cache)
+        exact = checks.wide_logits(logits_dtype) is not None
+        temperature, renormalize = _softmax(temperature, renormalize)
+        head = as_head(head, vocab, bias)
+        made = of_hidden(
+            hidden, head, mask, log_normalizer, token_ids, cache, temperature, renormalize, impl, budget, exact
+        )
+        return Target(made, temperature, renormalize)
+
+    @staticmethod
+    def from_logits(
+        logits: Tensor,
+        vocab: DraftVocab | None = None,
+        *,
+        temperature: float = 1.0,
+        renormalize: bool = False,
+        impl: str = "auto",
+    ) -> Target:
+        """A target from its logits `[..., V_target]`, read in place; -inf entries are tokens it cannot produce.
+
+        Over a shared vocabulary (`vocab=None`) they are the draft vocabulary's logits already.
+        """
+        temperature, renormalize = _softmax(temperature, renormalize)
+        return Target(of_logits(logits, vocab, temperature, impl), temperature, renormalize)
+
+    @staticmethod
+    def from_probs(
+        probs: Tensor,
+        vocab: DraftVocab | None = None,
+        token_ids: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        renormalize: bool = False,
+    ) -> Target:
+        """A target from probabilities on the draft vocabulary `[..., V_draft]`, >= 0, summing to at most 1 per row.
+
+        The missing mass is what the target gives to tokens outside the draft vocabulary. `token_ids` `[...]` is the
+        target's argmax as target ids, -1 where it is not known; without it, the argmax on the draft vocabulary stands
+        in.
+        """
+        temperature, renormalize = _softmax(temperature, renormalize, of_logits=False)
+        return Target(of_probs(probs, vocab, token_ids), temperature, renormalize)
+
+    @staticmethod
+    def from_topk(
+        token_ids: Tensor,
+        log_probs: Tensor,
+        vocab: DraftVocab | int,
+        *,
+        temperature: float = 1.0,
+        renormalize: bool = False,
+    ) -> Target:
+        """A target from its top-k tokens: target ids and log-probabilities, `[..., k]` each, in any order.
+
+        `log_probs` are normalised over the full vocabulary; every other token counts as impossible. `vocab` is the
+        draft vocabulary, or the size of a shared one.
+
+        Raises:
+            ValueError: ids outside the target vocabulary, or twice in one row (on a device only with
+                FUSED_LK_VALIDATE=1: reading them synchronises).
+        """
+        temperature, renormalize = _softmax(temperature, renormalize, of_logits=False)
+        return Target(of_topk(token_ids, log_probs, vocab), temperature, renormalize)
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        return (self._look()[0] if self._log_normalizer is None else self._log_normalizer).view(self.shape)
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        ids = self._look()[1] if self.finds_argmax else self.known_ids
+        return None if ids is None else ids.view(self.shape)
+
+    @property
+    def in_draft_vocab(self) -> Tensor | None:
+        ids = self.token_ids
+        if ids is None or self.vocab is None:
+            return None if ids is None else ids >= 0
+        inside = (ids >= 0) & (ids < self.vocab.target_size)
+        return inside & self.vocab.t2d[torch.where(inside, ids, 0)]
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft ids as target ids."""
+        return draft_ids if self.vocab is None else self.vocab.target_ids[draft_ids]
+
+    def dense_log_probs(self) -> Tensor:
+        """`log p` on the draft vocabulary, `[num_tokens, V_draft]`: full size, for the reference alone."""
+        logits = self.tiles.dense() / self.temperature
+        supported = (logits != NEG_INF).any(-1)
+        log_pt = torch.where(supported.unsqueeze(-1), logits.log_softmax(-1), NEG_INF)
+        if (normalizer := self.normalizer) is None:
+            return log_pt
+        given = normalizer.value.to(logits)
+        log_mass = torch.where(supported, given if normalizer.is_mass else logits.logsumexp(-1) - given, 0.0)
+        if not normalizer.is_mass:
+            most = normalizer.most_log_mass(given, logits.amax(-1), 1.0)
+            log_mass = log_mass.masked_fill(log_mass > most, float("nan"))
+        return log_pt + log_mass.unsqueeze(-1)
+
+    def owned(self) -> Target:
+        """This target, with a copy of each tensor that a walk reads and that inference mode made.
+
+        Those keep no count of changes in place. A backward that read one again could silently read something else, and
+        autograd cannot save them. The copies are made once, for all calls to come. What a head sliced is its own, and
+        is never copied.
+        """
+        if not self.of_inference_mode:
+            return self
+        if self._owned is not None:
+            return self._owned
+        tensors = zip(self.tiles.tensors(), self._of_inference_mode, strict=True)
+        copies = [x.clone() if of_inference else x for x, of_inference in tensors]
+        target = copy.copy(self)
+        target.tiles = KINDS[self.tiles.kind](copies, self.draft_vocab_size)
+        target.of_inference_mode = False
+        if not torch.compiler.is_compiling():
+            self._owned = target
+        return target
+
+    def _look(self) -> tuple[Tensor, ...]:
+        """`(log_normalizer, argmax)`, found once, for a caller who asks."""
+        if self._found is None:
+            assert self._find is not None  # or both would be known, or the argmax not be asked for
+            self._found = self._find()[:2]
+        return self._found
+
+
+def _softmax(temperature: float, renormalize: bool, *, of_logits: bool = True) -> tuple[float, bool]:
+    """Both options, checked. Where a target does not come `of_logits`, its temperature cannot be changed."""
+    temperature = checks.number("temperature", temperature, above=0)
+    if temperature != 1.0 and not of_logits:
+        checks.fail(
+            "temperature=1 with probabilities or top-k",
+            f"temperature={temperature}",
+            "Probabilities cannot be retempered; use from_logits or from_hidden.",
+        )
+    return temperature, checks.flag("renormalize", renormalize)

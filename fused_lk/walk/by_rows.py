@@ -1,0 +1,130 @@
+"""The walk by rows: a chunk of pairs at a time, full rows.
+
+    z = h[chunk] @ W.T      t = target logits of the chunk's target rows, once for all pairs that share them
+    row operations: statistics; gradient g, written over z
+    dH[chunk] = g @ W       dW += g.T @ h[chunk]
+
+A walk does not know what the gradient is for. The coefficients of each pair come from outside, near unit scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objective import Objective
+from ..pairs.layout import Chunk, Layout
+from ..rows.interface import NEG_INF, LogitRows, Normalizer, RowStats
+from .draft import LinearGradients, LogitsGradients, draft_of
+from .plan import Plan, Tiles
+from .problem import Problem
+
+
+def statistics(problem: Problem, plan: Plan) -> RowStats:
+    """The statistics of every pair."""
+    out, ops, draft = plan.empty_statistics(problem), plan.ops, draft_of(problem)
+    for chunk, _, rows in _chunks(problem, plan, draft, _tiles(plan), _normalizer(problem, plan)):
+        ops.stats(rows, problem.terms, chunk.of(out))
+    _check_mass(problem, plan, out)
+    return out
+
+
+def one_pass(problem: Problem, plan: Plan, loss: Objective) -> tuple[RowStats, LinearGradients | LogitsGradients]:
+    """The statistics, and the gradients of `loss`, made from the same tiles."""
+    out, ops, draft = plan.empty_statistics(problem), plan.ops, draft_of(problem)
+    made, tiles = draft.gradients(plan, problem.needs), _tiles(plan)
+    for chunk, h, rows in _chunks(problem, plan, draft, tiles, _normalizer(problem, plan)):
+        g = made.tile(chunk, rows.z, tiles.g)
+        ops.stats_and_gradient(rows, problem.terms, chunk.of(out), chunk.of(loss), g)
+        made.add(chunk, h, slice(0, plan.facts.vocab_size), g)
+    _check_mass(problem, plan, out)
+    return out, made
+
+
+def gradients(
+    problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor, scale: Tensor
+) -> LinearGradients | LogitsGradients:
+    """The gradients of `sum d_values * values`, times `scale` `[1]`."""
+    ops, draft = plan.ops, draft_of(problem)
+    made, tiles = draft.gradients(plan, problem.needs, scale), _tiles(plan)
+    for chunk, h, rows in _chunks(problem, plan, draft, tiles, None):
+        g = made.tile(chunk, rows.z, tiles.g)
+        ops.gradient(rows, problem.terms, chunk.of(stats), d_values[:, chunk.start : chunk.stop], g)
+        made.add(chunk, h, slice(0, plan.facts.vocab_size), g)
+    return made
+
+
+def logit_rows(
+    problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Tensor | None, columns: slice, tiles: Tiles
+) -> LogitRows:
+    """The logits of draft and target for a chunk's pairs and a block of columns, in tiles or where they lie."""
+    z = draft.fill(plan.layout, chunk, h, columns, tiles.z)
+    t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
+    scales = (1.0 / problem.draft_temperature, 1.0 / problem.target.temperature)
+    return LogitRows(z, t, index, None, *scales, columns.start)
+
+
+def _chunks(
+    problem: Problem, plan: Plan, draft: Any, tiles: Tiles, normalizer: Normalizer | None
+) -> Iterator[tuple[Chunk, Any, LogitRows]]:
+    """Per chunk: `(chunk, h, logits)`."""
+    columns = slice(0, plan.facts.vocab_size)
+    for chunk in plan.layout.chunks:
+        h = draft.rows(plan.layout, chunk)
+        rows = logit_rows(problem, plan, draft, chunk, h, columns, tiles)
+        if normalizer is not None:
+            rows = rows._replace(normalizer=chunk.of(normalizer))
+        yield chunk, h, rows
+
+
+def _target_logits(
+    target: Any, layout: Layout, chunk: Chunk, columns: slice, tile: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`(t, index)`: logits `[rows, columns]`, and for each pair of the chunk its row in them (None: in order)."""
+    pairs = slice(chunk.start, chunk.stop)
+    if tile is None:  # they are read where the caller holds them
+        if layout.target_rows is None:
+            return target.view(chunk.targets, columns), None
+        return target.view(slice(None), columns), layout.target_rows[pairs]
+    rows = chunk.targets if layout.unique_targets is None else layout.unique_targets[chunk.targets]
+    t = tile[: chunk.targets.stop - chunk.targets.start, : columns.stop - columns.start]
+    target.write(t, rows, columns)
+    if layout.valid is not None:
+        # Ignored rows that are kept for shape have no answer: their gradient is 0, whatever else they meet.
+        t.masked_fill_(~layout.valid[pairs].unsqueeze(1), NEG_INF)
+    return t, None if layout.unique_index is None else layout.unique_index[pairs] - chunk.targets.start
+
+
+def _tiles(plan: Plan) -> Tiles:
+    return plan.tiles(*plan.chunk, plan.facts.vocab_size)
+
+
+def _normalizer(problem: Problem, plan: Plan) -> Normalizer | None:
+    """The target's normaliser per pair."""
+    normalizer, layout = problem.target.normalizer, plan.layout
+    if normalizer is None:
+        return None
+    value = layout.of_target(normalizer.value)
+    return normalizer._replace(value=value if layout.valid is None else torch.where(layout.valid, value, 0))
+
+
+def _check_mass(problem: Problem, plan: Plan, stats: RowStats) -> None:
+    """Refuse a target whose probabilities sum to more than 1. On a device nothing is read: such rows give NaN there."""
+    normalizer = problem.target.normalizer
+    if normalizer is None or normalizer.is_mass or not checks.checks_contents(stats.base):
+        return
+    given = _normalizer(problem, plan)
+    assert given is not None
+    most = given.most_log_mass(given.value, stats.target_top, 1.0 / problem.target.temperature)
+    excessive = stats.log_mass > most
+    if bool(excessive.any()):
+        checks.fail(
+            "a target whose probabilities on the draft vocabulary sum to at most 1 in each supervised row",
+            f"{int(excessive.sum())} row(s) with more, up to {stats.log_mass[excessive].exp().max():.4g}",
+            "Pass probabilities or log-probabilities, not logits; a log_normalizer must be logsumexp(logits / "
+            "temperature) over the full vocabulary.",
+        )

@@ -1,0 +1,214 @@
+"""What is asked: a call that has passed all checks. Eager mode and graphs share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks, gemm
+from ..impls import IMPLS
+from ..pairs.pairs import EVERY_ROW, Pairs
+from ..rows.interface import TERMS
+from ..targets.target import Target
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call that has passed all checks.
+
+    Attributes:
+        tensors: the draft's sources `[..., H or V]`, then the weight and the bias of a linear draft.
+        num_sources, linear: how many sources there are, and whether a head follows them.
+        logits_dtype: float32 where the draft's logits keep the float32 of the product; None: they have their own dtype.
+        draft_temperature, target, pairs, impl: as in `lk_loss`.
+        shape: the draft's shape without its last dimension. Results per token have it.
+        budget: the bound on the logits in bytes; None: the device decides.
+        needs: which of `tensors` want a gradient.
+        finds_target_argmax: whether the walk looks for the target's argmax.
+        terms: the names of the divergences that are computed.
+    """
+
+    tensors: tuple[Tensor, ...]
+    num_sources: int
+    linear: bool
+    logits_dtype: torch.dtype | None
+    draft_temperature: float
+    target: Target
+    pairs: Pairs
+    shape: tuple[int, ...]
+    impl: str
+    budget: int | None
+    needs: tuple[bool, ...]
+    finds_target_argmax: bool = False
+    terms: tuple[str, ...] = TERMS
+
+    @property
+    def num_rows(self) -> int:
+        return sum(x.shape[:-1].numel() for x in self.tensors[: self.num_sources])
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of the statistics of a row."""
+        return gemm.wide_dtype(self.tensors[0].dtype, self.target.tiles.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+def linear(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    logits_dtype: str | torch.dtype,
+    *how: Any,
+) -> Problem:
+    """The problem of a draft with hidden states and an `lm_head`. `how` goes to `_checked`."""
+    checks.tensor("draft_lm_head_weight", weight, ndim=2, dtypes=checks.FLOATS)
+    checks.not_empty("draft_lm_head_weight", weight, vocabulary=0, hidden_size=1)
+    sources, shape = _sources("draft_hidden", hidden)
+    device = sources[0].device
+    checks.same_device(device, draft_lm_head_weight=weight)
+    if sources[0].shape[-1] != weight.shape[1]:
+        expected = f"draft_hidden with last dimension {weight.shape[1]}, the hidden size of draft_lm_head_weight"
+        remedy = "Check that hidden states and head belong to one model; weights are [V_draft, H]."
+        checks.fail(expected, sources[0], remedy)
+    tensors = [*sources, weight]
+    if bias is not None:
+        checks.tensor("bias", bias, dtypes=checks.FLOATS)
+        checks.shape("bias", bias, (weight.shape[0],), "one per row of draft_lm_head_weight")
+        checks.same_device(device, bias=bias)
+        tensors.append(bias)
+    tensors = [x.to(gemm.compute_dtype(x)) for x in tensors]
+    for name, x in zip(("draft_lm_head_weight", "bias"), tensors[len(sources) :], strict=False):
+        if x.dtype != tensors[0].dtype:
+            expected = f"{name} of draft_hidden's dtype, {str(tensors[0].dtype).removeprefix('torch.')}"
+            checks.fail(expected, x, "Convert one of them, or run under torch.autocast.", TypeError)
+    wide = checks.wide_logits(logits_dtype)
+    return _checked(tuple(tensors), len(sources), True, wide, shape, weight.shape[0], target, *how)
+
+
+def from_logits(logits: Tensor | Sequence[Tensor], target: Target, *how: Any) -> Problem:
+    """The problem of a draft whose logits the caller holds."""
+    sources, shape = _sources("draft_logits", logits)
+    checks.not_empty("draft_logits", sources[0], vocabulary=-1)
+    return _checked(sources, len(sources), False, None, shape, sources[0].shape[-1], target, *how)
+
+
+def _checked(
+    tensors: tuple[Tensor, ...],
+    num_sources: int,
+    is_linear: bool,
+    logits_dtype: torch.dtype | None,
+    shape: tuple[int, ...],
+    vocab_size: int,
+    target: Target,
+    mask: Tensor | None,
+    pairs: Pairs | None,
+    draft_temperature: float,
+    impl: str,
+    workspace_mb: float | str,
+) -> Problem:
+    checks.choice("impl", impl, IMPLS)
+    draft_temperature = checks.number("draft_temperature", draft_temperature, above=0)
+    budget = checks.workspace_bytes(workspace_mb)
+    device = tensors[0].device
+    if not isinstance(target, Target):
+        remedy = "Build one: Target.from_hidden, from_logits, ..."
+        checks.fail("target to be a fused_lk.Target", target, remedy, TypeError)
+    tiles = target.tiles
+    if tiles.vocab_size != vocab_size:
+        remedy = "Give the target the DraftVocab of this draft head; trim padded rows of the head."
+        checks.fail(
+            f"a target on {vocab_size} draft tokens, as the draft has", f"a target on {tiles.vocab_size}", remedy
+        )
+    if tiles.device != device:
+        checks.fail(f"a target on {device}, where the draft is", f"one on {tiles.device}", "Move one of them.")
+    if pairs is None:
+        pairs = _own_pairs(mask, shape, num_sources, device)
+    elif not isinstance(pairs, Pairs):
+        checks.fail("pairs to be a fused_lk.Pairs", pairs, "Build Pairs(mask, ...).", TypeError)
+    elif mask is not None:
+        checks.fail("mask or pairs, not both", "both", "Pass the mask to Pairs(mask, ...).")
+    elif pairs.shape is not None and pairs.shape != shape:
+        expected = f"pairs of the draft's shape without its last dimension, {shape}"
+        checks.fail(expected, f"pairs of shape {pairs.shape}", "Build the pairs from tensors of that shape.")
+    elif pairs.device is not None and pairs.device != device:
+        checks.fail(f"pairs on {device}, where the draft is", f"pairs on {pairs.device}", "Build them there.")
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and x.requires_grad for x in tensors)
+    given = (tensors, num_sources, is_linear, logits_dtype, draft_temperature)
+    made = Problem(*given, target, pairs, shape, impl, budget, needs)
+    check_target_rows(pairs, made.num_rows, tiles.num_rows, target.computed)
+    if checks.checks_contents(tensors[0], only_if_asked=True):
+        _refuse_nonfinite(made)
+    return made
+
+
+def check_target_rows(pairs: Pairs, num_rows: int, num_targets: int, computed: Any = None) -> None:
+    """Every pair's target row exists, and the target's own mask has not left it out.
+
+    Raises:
+        ValueError: draft and target differ in length while row i meets row i; a row is out of range; the target's mask
+            left a row out.
+    """
+    if not pairs.names_targets and num_rows != num_targets:
+        expected = f"as many target rows as draft rows ({num_rows}) without target_rows"
+        remedy = "Pass Pairs(target_rows=...): for each draft row, the row of the flattened target."
+        checks.fail(expected, f"{num_targets} target rows", remedy)
+    if torch.compiler.is_compiling() or (computed is None and not pairs.names_targets):
+        return
+    used = np.arange(0 if pairs.valid is not None else num_rows)
+    if pairs.draft_rows is not None:
+        used = pairs.host_targets
+    elif pairs.valid is not None and checks.checks_contents(pairs.valid):
+        rows = torch.arange(num_rows, device=pairs.device) if pairs.target_rows is None else pairs.target_rows
+        used = rows[pairs.valid].cpu().numpy()
+    if len(used) and used.max() >= num_targets:
+        expected = f"target_rows below {num_targets}, the number of rows of the flattened target"
+        checks.fail(expected, f"a target row {int(used.max())}", "Use -1 for rows that have no target.")
+    if computed is not None and not computed[used].all():
+        outside = f"{int((~computed[used]).sum())} pair(s) outside"
+        remedy = "Pass Target.from_hidden a mask that covers them."
+        checks.fail("every supervised pair's target row inside the target's own mask", outside, remedy)
+
+
+def _own_pairs(mask: Tensor | None, shape: tuple[int, ...], num_sources: int, device: torch.device) -> Pairs:
+    """The pairs of a call without any: row i against row i. Tensor k of a list has draft position k."""
+    if isinstance(mask, Tensor):
+        checks.shape("mask", mask, shape, "the draft's shape without its last dimension")
+        checks.same_device(device, mask=mask)
+    if num_sources == 1:
+        return EVERY_ROW if mask is None else Pairs(mask)
+    step = torch.arange(num_sources, device=device).view(num_sources, *(1 for _ in shape[1:]))
+    return Pairs(mask, None, step.expand(shape), num_sources)
+
+
+def _refuse_nonfinite(problem: Problem) -> None:
+    num_rows, k = problem.num_rows, problem.num_sources
+    counted = (problem.pairs.dense(num_rows, problem.device)[0] > 0).view(k, num_rows // k)
+    name = "draft_hidden" if problem.linear else "draft_logits"
+    for i, (x, of_source) in enumerate(zip(problem.tensors, counted, strict=False)):
+        which = name if k == 1 else f"{name}[{i}]"
+        checks.finite_rows(which, x.detach(), logits=not problem.linear, counted=of_source)
+
+
+def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The tensors, and the shape of their stack without the last dimension: `(K, ...)` for a list."""
+    if isinstance(given, Tensor):
+        checks.tensor(name, given, min_ndim=1, dtypes=checks.FLOATS)
+        return (given,), tuple(given.shape[:-1])
+    if not isinstance(given, list | tuple) or not given:
+        remedy = checks.instead(given, "Pass one tensor per TTT step.")
+        checks.fail(f"{name} to be a tensor or a non-empty list of tensors", given, remedy, TypeError)
+    for k, x in enumerate(given):
+        checks.tensor(f"{name}[{k}]", x, min_ndim=1, dtypes=[given[0].dtype] if k else checks.FLOATS)
+        checks.shape(f"{name}[{k}]", x, tuple(given[0].shape), f"the shape of {name}[0]")
+        checks.same_device(given[0].device, **{f"{name}[{k}]": x})
+    return tuple(given), (len(given), *given[0].shape[:-1])
