@@ -63,6 +63,7 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
         denominator=options.denominator,
         draft_temperature=problem.draft_temperature,
     )
+    log_acceptance = out.log_acceptance.detach()
     target_ids = target.token_ids
     if target_ids is None:
         correct = torch.full_like(rows.weights, float("nan"))
@@ -77,7 +78,8 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
         kl_weight=out.kl_weight,
         num_tokens=out.num_tokens,
         num_unsupported=out.num_unsupported,
-        token_log_acceptance=out.log_acceptance.detach().view(problem.shape),
+        token_log_acceptance=log_acceptance.view(problem.shape),
+        token_acceptance=torch.where(rows.weights > 0, log_acceptance.exp(), 0).view(problem.shape),
         draft_token_ids=rows.draft_ids.view(problem.shape),
         loss_is_per_position=options.reduction == "position",
     )

@@ -12,7 +12,21 @@ from .pairs.layout import ratio
 from .reference import expected_acceptance_length
 
 
-@dataclass(frozen=True)
+def brief(record: Any) -> str:
+    """A record in one line: tensors of at most 16 numbers as they are, larger ones by their shape.
+
+    Only the numbers that are shown are read from the device.
+    """
+    shown = (
+        f"{name}={tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+        if isinstance(x, Tensor) and x.numel() > 16
+        else f"{name}={x.detach() if isinstance(x, Tensor) else x!r}"
+        for name, x in vars(record).items()
+    )
+    return " ".join(f"{type(record).__name__}({', '.join(shown)})".split())
+
+
+@dataclass(frozen=True, repr=False)
 class Divergences:
     """The primitive of each token, in the draft's shape without its last dimension.
 
@@ -35,12 +49,14 @@ class Divergences:
     acceptance: Tensor
     draft_token_ids: Tensor
 
+    __repr__ = brief
+
     def __getitem__(self, index: Any) -> Divergences:
         """The divergences of some tokens. Where the draft was a list of TTT steps, `d[k]` has those of step k."""
         return Divergences(*(x[index] for x in vars(self).values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LKOutput:
     """The loss, and what was measured on the way to it. Everything but `loss` is detached.
 
@@ -56,7 +72,8 @@ class LKOutput:
         kl_weight: `[K]`, the weighted mean of lambda (1 for objective "kl", 0 for "tv" and "alpha").
         num_tokens: int64 `[K]`, the supervised tokens.
         num_unsupported: int64 scalar, the supervised tokens whose target has no mass on the draft vocabulary.
-        token_log_acceptance, draft_token_ids: per token, as in `Divergences`.
+        token_log_acceptance, token_acceptance, draft_token_ids: per token, as in `Divergences`: log alpha, alpha, and
+            the draft's argmax. All three are 0 on ignored rows.
     """
 
     loss: Tensor
@@ -68,8 +85,11 @@ class LKOutput:
     num_tokens: Tensor
     num_unsupported: Tensor
     token_log_acceptance: Tensor
+    token_acceptance: Tensor
     draft_token_ids: Tensor
     loss_is_per_position: bool = False
+
+    __repr__ = brief
 
     @property
     def acceptance_rate(self) -> Tensor:

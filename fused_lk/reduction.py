@@ -188,6 +188,7 @@ class _Tokens:
     def output(self, loss: Tensor, stats: RowStats, objective: Objective) -> LKOutput:
         layout, target, w = self.layout, self.problem.target, self.weights
         log_acceptance, kl = stats.values.detach()
+        acceptance = log_acceptance.exp()
         draft_ids = target.to_target_ids(stats.draft_argmax)
         if stats.target_argmax is not None:
             correct = (draft_ids == target.to_target_ids(stats.target_argmax)).to(w)
@@ -199,7 +200,7 @@ class _Tokens:
         lam = objective.mix(log_acceptance).kl + torch.zeros_like(w)
         return LKOutput(
             loss=loss,
-            acceptance_sum=self.sums(log_acceptance.exp()),
+            acceptance_sum=self.sums(acceptance),
             accuracy_sum=self.sums(correct),
             kl_sum=self.sums(kl),
             weight_sum=self.weight_sum,
@@ -207,6 +208,7 @@ class _Tokens:
             num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),
             num_unsupported=(supervised & ~stats.supported).sum(),
             token_log_acceptance=self.per_row(log_acceptance),
+            token_acceptance=self.per_row(acceptance),
             draft_token_ids=self.per_row(draft_ids),
             loss_is_per_position=self.options.reduction == "position",
         )
