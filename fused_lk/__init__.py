@@ -4,7 +4,7 @@ from . import reference
 from .explain import Explanation, explain
 from .losses import lk_divergences, lk_divergences_from_logits, lk_loss, lk_loss_from_logits
 from .modules import LKLoss
-from .output import Divergences, LKOutput
+from .output import Divergences, LKOutput, LKSums
 from .pairs.pairs import Pairs
 from .reference import expected_acceptance_length
 from .targets.head import TargetHead
@@ -19,6 +19,7 @@ __all__ = [
     "Explanation",
     "LKLoss",
     "LKOutput",
+    "LKSums",
     "Pairs",
     "Target",
     "TargetHead",

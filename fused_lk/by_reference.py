@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .output import Divergences, LKOutput
-from .pairs.layout import position_sums
+from . import ranks, reference
+from .output import Divergences, LKOutput, block_sums
+from .pairs.layout import position_sums, ratio
 from .reduction import LossOptions
 from .walk.plan import resolve
 from .walk.problem import Problem
@@ -43,46 +43,63 @@ def divergences(problem: Problem) -> Divergences:
 def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
     resolve(plan, options.obstacle_to_one_pass)
     rows, target, num_positions = _Rows(problem), problem.target, problem.pairs.num_positions
-    kl_weight, lambda_per = options.kl_weight, options.lambda_per
+    kl_weight, lambda_per, denominator, group = (
+        options.kl_weight,
+        options.lambda_per,
+        options.denominator,
+        options.group,
+    )
     if isinstance(kl_weight, Tensor):
         per_token = kl_weight.shape != (num_positions,) and kl_weight.shape == problem.shape
         kl_weight, lambda_per = kl_weight.reshape(-1) if per_token else kl_weight, "token" if per_token else "position"
-    out = reference.lk_loss(
+    answer = functools.partial(
+        reference.lk_loss,
         rows.draft_logits,
         rows.log_p,
         objective=options.objective,
         eta=options.eta,
         kl_scale=options.kl_scale,
         lambda_per=lambda_per,
-        kl_weight=kl_weight,
         weights=rows.weights,
         positions=rows.positions,
         num_positions=num_positions,
         position_decay=options.position_decay,
         reduction=options.reduction,
-        denominator=options.denominator,
         draft_temperature=problem.draft_temperature,
     )
+    out = answer(kl_weight=kl_weight, denominator=denominator)
+    if group is not None:  # once more, with what all ranks together have
+        weight_sum, acceptance_sum = ranks.summed(group, out.weight_sum, out.acceptance_sum)
+        if options.waits_for_batch:
+            kl_weight = options.kl_scale * torch.exp(-options.eta * ratio(acceptance_sum, weight_sum))
+        out = answer(kl_weight=kl_weight, denominator=weight_sum if denominator is None else denominator)
+        if options.reduction != "none":
+            out = out._replace(loss=out.loss * ranks.size(group))
     log_acceptance = out.log_acceptance.detach()
     target_ids = target.token_ids
     if target_ids is None:
         correct = torch.full_like(rows.weights, float("nan"))
     else:
-        correct = rows.weights * (rows.draft_ids == target_ids.reshape(-1)[rows.target_rows])
-    return LKOutput(
+        correct = (rows.draft_ids == target_ids.reshape(-1)[rows.target_rows]).to(rows.weights)
+    kept = rows.weights > 0
+    token_acceptance = torch.where(kept, log_acceptance.exp(), 0).view(problem.shape)
+    result = LKOutput(
         loss=out.loss.view(problem.shape) if options.reduction == "none" else out.loss,
         acceptance_sum=out.acceptance_sum,
-        accuracy_sum=position_sums(correct, rows.positions, num_positions),
+        accuracy_sum=position_sums(rows.weights * correct, rows.positions, num_positions),
         kl_sum=out.kl_sum,
+        loss_sum=out.loss_sum,
+        kl_weight_sum=out.kl_weight * out.weight_sum,
         weight_sum=out.weight_sum,
-        kl_weight=out.kl_weight,
         num_tokens=out.num_tokens,
         num_unsupported=out.num_unsupported,
+        **block_sums(token_acceptance, correct.view(problem.shape), kept.view(problem.shape), problem.pairs),
+        position_decay=options.position_decay,
         token_log_acceptance=log_acceptance.view(problem.shape),
-        token_acceptance=torch.where(rows.weights > 0, log_acceptance.exp(), 0).view(problem.shape),
+        token_acceptance=token_acceptance,
         draft_token_ids=rows.draft_ids.view(problem.shape),
-        loss_is_per_position=options.reduction == "position",
     )
+    return result if group is None else result.all_reduced(group)
 
 
 class _Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ def lk_loss(
     position_decay: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    group: Any = None,
     bias: Tensor | None = None,
     draft_temperature: float = 1.0,
     impl: str = "auto",
@@ -135,8 +137,16 @@ def lk_loss(
         reduction: "mean" = sum_k decay^k * (weighted sum over position k) / denominator_k. "position" = these K means,
             without decay. "sum" = "mean" without the division. "none" = one weighted loss per token, 0 where ignored.
         denominator: replaces each position's sum of weights: a number, or a tensor (a scalar or `[K]`; float or
-            integer), > 0. Under gradient accumulation or data parallelism it is the count of the whole batch. Tokens
-            that the target cannot answer are part of the sum of weights.
+            integer), > 0. For a micro-batch it is the sum of `Pairs.weight_sum` over the whole batch; there a position
+            without tokens has 0. (0 for a position with tokens gives NaN.) Tokens that the target cannot answer are
+            part of the sum of weights.
+        group: a `torch.distributed.ProcessGroup` over which the batch is spread, None for this process alone. The
+            default denominators, lambda's mean acceptance, and the sums in the output are then those of all its ranks.
+            The loss is this rank's share times the number of ranks, so that its *mean* over the ranks is the loss of
+            the whole batch. DDP and FSDP take the mean of gradients, which makes them the whole batch's. (Divide the
+            loss by the number of ranks where you sum gradients yourself. reduction="none" is not multiplied.) Every
+            rank has to make the call, with the same options and number of positions. Its batch may be empty. The call
+            does two all-reduces of K-sized tensors; three where lambda waits for the acceptance.
         plan: "one_pass" makes the gradients in the forward, with 3 draft GEMMs, and holds them until the backward.
             "recompute" makes the logits again in the backward, with 4. "auto" takes one pass wherever it can serve.
 
@@ -148,7 +158,9 @@ def lk_loss(
 
     Sources: arXiv 2602.23881; `kl_scale`: SpecForge PR 492; per-token lambda: vLLM speculators.
     """
-    options = LossOptions(objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator)
+    options = LossOptions(
+        objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
+    )
     how = (mask, pairs, draft_temperature, impl, workspace_mb)
     asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how)
     return _by(asked).loss(asked, options, plan)
@@ -168,13 +180,16 @@ def lk_loss_from_logits(
     position_decay: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    group: Any = None,
     draft_temperature: float = 1.0,
     impl: str = "auto",
     plan: str = "auto",
     workspace_mb: float | str = "auto",
 ) -> LKOutput:
     """`lk_loss` of logits `[..., V_draft]` that the caller holds; see `lk_divergences_from_logits`."""
-    options = LossOptions(objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator)
+    options = LossOptions(
+        objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
+    )
     how = (mask, pairs, draft_temperature, impl, workspace_mb)
     asked = problem.from_logits(draft_logits, target, *how)
     return _by(asked).loss(asked, options, plan)

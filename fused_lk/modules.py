@@ -21,7 +21,8 @@ class LKLoss(nn.Module):
     """`lk_loss` with options that are given, and checked, once. The module holds no parameters.
 
     Args:
-        objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, draft_temperature,
+        objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group,
+        draft_temperature,
         impl, plan, workspace_mb, logits_dtype: as in `fused_lk.lk_loss`.
 
     Raises:
@@ -39,6 +40,7 @@ class LKLoss(nn.Module):
         position_decay: float = 1.0,
         reduction: str = "mean",
         denominator: float | Tensor | None = None,
+        group: Any = None,
         draft_temperature: float = 1.0,
         impl: str = "auto",
         plan: str = "auto",
@@ -47,7 +49,7 @@ class LKLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options = LossOptions(
-            objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator
+            objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
         )
         checks.choice("impl", impl, IMPLS)
         checks.choice("plan", plan, PLANS)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import checks, ranks
 from .pairs.layout import ratio
-from .reference import expected_acceptance_length
+from .pairs.pairs import Pairs
+from .reference import expected_acceptance_length, prefix_products
+
+
+Sums = TypeVar("Sums", bound="LKSums")
 
 
 def brief(record: Any) -> str:
@@ -57,37 +63,43 @@ class Divergences:
 
 
 @dataclass(frozen=True, repr=False)
-class LKOutput:
-    """The loss, and what was measured on the way to it. Everything but `loss` is detached.
+class LKSums:
+    """Sums and counts of one batch. They add up over micro-batches and ranks, where means of means would be biased.
 
-    Sums run over the supervised tokens of a draft position, and are weighted by the mask. Add up these sums, not the
-    rates, across micro-batches and ranks: a mean of means is biased.
+    Everything is detached. Sums run over the supervised tokens of a draft position k, and are weighted by the mask.
+
+    A block is a chain of draft rows, one for each position: what one anchor gives. `Pairs.ttt`, `Pairs.blocks`, a list
+    of K hidden states, and pairs with `position_dim` have blocks. With one position every token is a block. For other
+    pairs the sums of blocks are NaN. Ignored rows are left out of a block's products. Each block that has a supervised
+    token counts 1, whatever the weights of its tokens.
 
     Attributes:
-        loss: a scalar, `[K]` for reduction="position", or the draft's shape for "none".
         acceptance_sum: `[K]`, the sum of alpha.
         accuracy_sum: `[K]`, the sum over tokens whose draft argmax is the target's argmax; NaN where that is not known.
         kl_sum: `[K]`, the sum of KL(pt || q) in nats.
-        weight_sum: `[K]`, the sum of the weights: the denominator of the three.
-        kl_weight: `[K]`, the weighted mean of lambda (1 for objective "kl", 0 for "tv" and "alpha").
+        loss_sum: `[K]`, the sum of the tokens' losses, without decay and denominator.
+        kl_weight_sum: `[K]`, the sum of lambda (of 1 for objective "kl", of 0 for "tv" and "alpha").
+        weight_sum: `[K]`, the sum of the weights: the denominator of those above.
         num_tokens: int64 `[K]`, the supervised tokens.
         num_unsupported: int64 scalar, the supervised tokens whose target has no mass on the draft vocabulary.
-        token_log_acceptance, token_acceptance, draft_token_ids: per token, as in `Divergences`: log alpha, alpha, and
-            the draft's argmax. All three are 0 on ignored rows.
+        prefix_acceptance_sum: `[K]`, the sum over blocks of prod_{j <= k} alpha_j: how likely a step accepts token k.
+        prefix_accuracy_sum: `[K]`, the sum over blocks whose tokens up to k are all the target's argmax.
+        num_blocks: int64 scalar, the blocks: the denominator of these two.
+        position_decay: as given to the loss.
     """
 
-    loss: Tensor
     acceptance_sum: Tensor
     accuracy_sum: Tensor
     kl_sum: Tensor
+    loss_sum: Tensor
+    kl_weight_sum: Tensor
     weight_sum: Tensor
-    kl_weight: Tensor
     num_tokens: Tensor
     num_unsupported: Tensor
-    token_log_acceptance: Tensor
-    token_acceptance: Tensor
-    draft_token_ids: Tensor
-    loss_is_per_position: bool = False
+    prefix_acceptance_sum: Tensor
+    prefix_accuracy_sum: Tensor
+    num_blocks: Tensor
+    position_decay: float
 
     __repr__ = brief
 
@@ -106,30 +118,134 @@ class LKOutput:
         """`[K]`, the mean KL(pt || q) of each position, in nats."""
         return ratio(self.kl_sum, self.weight_sum)
 
+    @property
+    def kl_weight(self) -> Tensor:
+        """`[K]`, the mean lambda of each position."""
+        return ratio(self.kl_weight_sum, self.weight_sum)
+
+    @property
+    def position_loss(self) -> Tensor:
+        """`[K]`, the mean loss of each position."""
+        return ratio(self.loss_sum, self.weight_sum)
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The sum of the positions' mean losses, with their decay: reduction "mean" without `denominator`."""
+        k = torch.arange(len(self.loss_sum), dtype=self.loss_sum.dtype, device=self.loss_sum.device)
+        return (self.position_decay**k * self.position_loss).sum()
+
+    @property
+    def acceptance_length(self) -> Tensor:
+        """`1 + sum_k prod_{j <= k} alpha_j`, the mean over blocks, in tokens per step of the target."""
+        return 1 + self.prefix_acceptance_sum.sum() / self.num_blocks.clamp(min=1)
+
+    @property
+    def greedy_acceptance_length(self) -> Tensor:
+        """1 + the leading tokens of a block that are the target's argmax, the mean over blocks, in tokens per step."""
+        return 1 + self.prefix_accuracy_sum.sum() / self.num_blocks.clamp(min=1)
+
+    @staticmethod
+    def merged(parts: Iterable[LKSums]) -> LKSums:
+        """The sums of several micro-batches, added up.
+
+        Args:
+            parts: outputs of losses, or results of this function, with the same positions and decay.
+
+        Raises:
+            ValueError: there are none, or they differ in the number of positions or in `position_decay`.
+        """
+        parts = list(parts)
+        kinds = {(len(part.weight_sum), part.position_decay) for part in parts}
+        if len(kinds) != 1:
+            got = ", ".join(f"{k} with position_decay={decay:g}" for k, decay in sorted(kinds)) or "none"
+            remedy = "Merge what one loss gives, with one work list's shape."
+            checks.fail("outputs with the same number of positions and the same decay", got, remedy)
+        return LKSums(
+            **{name: sum(getattr(part, name) for part in parts) for name in _SUMS}, position_decay=kinds.pop()[1]
+        )
+
+    def all_reduced(self: Sums, group: Any) -> Sums:
+        """The same record with the sums of all ranks of `group`: one all-reduce of K-sized tensors.
+
+        Every rank of the group has to call it. (A loss with `group=` has done so already: its sums are those of all
+        ranks, and would be counted again.)
+
+        Args:
+            group: a `torch.distributed.ProcessGroup`.
+
+        Raises:
+            TypeError: `group` is something else.
+        """
+        ranks.check(group)
+        reduced = ranks.summed(group, *(getattr(self, name) for name in _SUMS))
+        sums: dict[str, Any] = dict(zip(_SUMS, reduced, strict=True))
+        return replace(self, **sums)
+
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Floats to log, by the names that trainers use. This costs one host synchronisation.
 
-        Each position k has `acceptance_rate_k`, `accuracy_k`, `kl_k`, `kl_weight_k` and `num_tokens_k`. `loss` is there
-        unless reduction="none"; reduction="position" has `loss_k`. `num_unsupported` is a count.
-        `expected_acceptance_length`, in tokens per step, is made of the mean acceptance rates. It is biased where
-        tokens of one sequence correlate.
+        Each position k has `acceptance_rate_k`, `accuracy_k`, `kl_k`, `kl_weight_k`, `loss_k` and `num_tokens_k`.
+        `loss` is `mean_loss`, whatever reduction and denominator. `num_unsupported` and `num_blocks` are counts.
+
+        Three lengths are in tokens per step. `acceptance_length` and `greedy_acceptance_length` are means over blocks,
+        and NaN where the pairs have none. `expected_acceptance_length` is made of the mean acceptance rates of the
+        positions that have a supervised token. It is biased where tokens of one block correlate.
         """
         per_position = {
             "acceptance_rate": self.acceptance_rate,
             "accuracy": self.accuracy,
             "kl": self.kl,
             "kl_weight": self.kl_weight,
+            "loss": self.position_loss,
             "num_tokens": self.num_tokens,
         }
         scalars = {
-            "expected_acceptance_length": expected_acceptance_length(self.acceptance_rate),
+            "loss": self.mean_loss,
+            "acceptance_length": self.acceptance_length,
+            "greedy_acceptance_length": self.greedy_acceptance_length,
+            "expected_acceptance_length": expected_acceptance_length(self.acceptance_rate, self.num_tokens),
+            "num_blocks": self.num_blocks,
             "num_unsupported": self.num_unsupported,
         }
-        num_positions = self.weight_sum.shape[0]
-        if self.loss.ndim == 0:
-            scalars["loss"] = self.loss.detach()
-        elif self.loss_is_per_position:
-            per_position["loss"] = self.loss.detach()
         values = torch.cat([x.double().reshape(-1) for x in (*scalars.values(), *per_position.values())]).tolist()
-        names = [*scalars, *(f"{name}_{k}" for name in per_position for k in range(num_positions))]
+        names = [*scalars, *(f"{name}_{k}" for name in per_position for k in range(len(self.weight_sum)))]
         return {prefix + name: value for name, value in zip(names, values, strict=True)}
+
+
+_SUMS = tuple(field.name for field in fields(LKSums) if field.name != "position_decay")
+
+
+@dataclass(frozen=True, repr=False)
+class LKOutput(LKSums):
+    """The loss, and what was measured on the way to it: the sums of `LKSums`, and numbers per token.
+
+    Everything but `loss` is detached. With `group=` the sums are those of all ranks; the loss and the tokens are this
+    rank's.
+
+    Attributes:
+        loss: a scalar, `[K]` for reduction="position", or the draft's shape for "none".
+        token_log_acceptance, token_acceptance, draft_token_ids: per token, as in `Divergences`: log alpha, alpha, and
+            the draft's argmax. All three are 0 on ignored rows.
+    """
+
+    loss: Tensor
+    token_log_acceptance: Tensor
+    token_acceptance: Tensor
+    draft_token_ids: Tensor
+
+
+def block_sums(acceptance: Tensor, correct: Tensor, kept: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    """The sums of blocks in `LKSums`, from numbers per draft row in the draft's shape; `kept` marks supervised rows."""
+    dim = pairs.position_dim
+    if dim is None and pairs.num_positions > 1:  # nobody said which rows are one chain
+        unknown = acceptance.new_full((pairs.num_positions,), float("nan"))
+        num_blocks = torch.zeros((), dtype=torch.long, device=kept.device)
+        return {"prefix_acceptance_sum": unknown, "prefix_accuracy_sum": unknown, "num_blocks": num_blocks}
+    alpha, right, counts = (
+        x.reshape(1, -1) if dim is None else x.movedim(dim, 0).flatten(1) for x in (acceptance, correct, kept)
+    )
+    return {
+        "prefix_acceptance_sum": prefix_products(alpha, counts).sum(1),
+        "prefix_accuracy_sum": prefix_products(right, counts).sum(1),
+        "num_blocks": counts.any(0).sum(),
+    }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ranks
 from .graph import autograd, operators
 from .objective import OBJECTIVES, Objective, adaptive_kl_weight, weighted
-from .output import Divergences, LKOutput
+from .output import Divergences, LKOutput, block_sums
 from .pairs.layout import Layout, position_sums, ratio
 from .rows.interface import RowStats
 from .targets.tiles import owned
@@ -39,6 +40,7 @@ class LossOptions:
     position_decay: float = 1.0
     reduction: str = "mean"
     denominator: float | Tensor | None = None
+    group: Any = None
 
     def __post_init__(self) -> None:
         checks.choice("objective", self.objective, OBJECTIVES)
@@ -57,10 +59,15 @@ class LossOptions:
             checks.non_negative("kl_weight", self.kl_weight)
         elif self.kl_weight is not None:
             self._keep("kl_weight", checks.number("kl_weight", self.kl_weight, minimum=0))
-        # A count of 0 would silently make the loss 0. A position without tokens adds 0 with any denominator.
+        # A count of 0 would silently make the loss 0. Only a position without tokens may have one.
         if isinstance(self.denominator, Tensor):
             checks.tensor("denominator", self.denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS))
-            checks.positive("denominator", self.denominator, "For counts that may be 0 use denominator.clamp(min=1).")
+            if self.denominator.ndim:
+                checks.non_negative("denominator", self.denominator)
+            else:
+                checks.positive(
+                    "denominator", self.denominator, "For a count that may be 0 use denominator.clamp(min=1)."
+                )
         elif self.denominator is not None:
             remedy = "For a count that may be 0 use max(denominator, 1)."
             self._keep("denominator", checks.number("denominator", self.denominator, above=0, remedy=remedy))
@@ -68,6 +75,8 @@ class LossOptions:
             checks.fail(
                 'kl_weight with objective="lambda" only', f"objective={self.objective!r}", "Leave kl_weight out."
             )
+        if self.group is not None:
+            ranks.check(self.group)
 
     def _keep(self, name: str, value: float) -> None:
         """Store a Python number in place of a NumPy one, which operators of a graph refuse."""
@@ -129,7 +138,12 @@ class _Tokens:
             self.weights = torch.ones(layout.num_pairs, dtype=problem.accumulator, device=problem.device)
         else:
             self.weights = layout.weights.to(problem.accumulator)
-        self.weight_sum = position_sums(self.weights, layout.positions, self.num_positions)
+        self.own_weight_sum = position_sums(self.weights, layout.positions, self.num_positions)
+        self.weight_sum = self.of_all_ranks(self.own_weight_sum)
+
+    def of_all_ranks(self, x: Tensor) -> Tensor:
+        """`x`, summed over the ranks of the group. Every rank comes here, whatever its batch holds."""
+        return x if self.options.group is None else ranks.summed(self.options.group, x)[0]
 
     def sums(self, x: Tensor) -> Tensor:
         """`[K]`, the weighted sums of `x` by position. Ignored rows count nothing, whatever they hold."""
@@ -157,15 +171,20 @@ class _Tokens:
 
     def mean_kl_weight(self, stats: RowStats) -> Tensor:
         """Lambda `[P]`, from the mean acceptance of each position."""
-        acceptance = ratio(self.sums(stats.values[0].detach().exp()), self.weight_sum)
+        acceptance = ratio(self.of_all_ranks(self.sums(stats.values[0].detach().exp())), self.weight_sum)
         return self.of_pair(adaptive_kl_weight(acceptance, self.options.eta, self.options.kl_scale))
 
     def divide(self, x: Tensor) -> Tensor:
-        """`x` `[K]` divided by the denominators; 0 where a denominator is 0."""
+        """`x` `[K]` divided by the denominators; 0 where nothing is supervised, NaN where a given one denies that."""
         given = self.options.denominator
         if given is None:
             return ratio(x, self.weight_sum)
-        return ratio(x, _per_position("denominator", given, self.num_positions, self.weights))
+        whole = _per_position("denominator", given, self.num_positions, self.weights)
+        return torch.where((whole == 0) & (self.weight_sum > 0), float("nan"), ratio(x, whole))
+
+    def share(self, x: Tensor) -> Tensor:
+        """`x` times the number of ranks: the mean over ranks of such shares is the whole."""
+        return x if self.options.group is None else x * ranks.size(self.options.group)
 
     def objective(self, kl_weight: Tensor | None) -> Objective:
         """The scalar loss. A token's loss is multiplied by its weight and its position's decay, and divided."""
@@ -174,7 +193,7 @@ class _Tokens:
         of_position = options.position_decay**k
         if options.reduction == "mean":
             of_position = self.divide(of_position)
-        weights = self.weights * self.of_pair(of_position)
+        weights = self.weights * self.of_pair(self.share(of_position))
         return Objective(options.objective, options.eta, options.kl_scale, weights, kl_weight)
 
     def reduce(self, stats: RowStats, objective: Objective) -> Tensor:
@@ -183,7 +202,7 @@ class _Tokens:
         per_pair = objective.per_token(stats.values, stats.supported)
         if self.options.reduction == "none":
             return self.per_row(weighted(self.weights, per_pair))
-        return self.divide(self.sums(per_pair))
+        return self.share(self.divide(self.sums(per_pair)))
 
     def output(self, loss: Tensor, stats: RowStats, objective: Objective) -> LKOutput:
         layout, target, w = self.layout, self.problem.target, self.weights
@@ -198,20 +217,24 @@ class _Tokens:
             correct = torch.full_like(w, float("nan"))
         supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
         lam = objective.mix(log_acceptance).kl + torch.zeros_like(w)
-        return LKOutput(
+        token_acceptance = self.per_row(acceptance)
+        out = LKOutput(
             loss=loss,
             acceptance_sum=self.sums(acceptance),
             accuracy_sum=self.sums(correct),
             kl_sum=self.sums(kl),
-            weight_sum=self.weight_sum,
-            kl_weight=ratio(self.sums(lam), self.weight_sum),
+            loss_sum=self.sums(objective.per_token(stats.values.detach(), stats.supported)),
+            kl_weight_sum=self.sums(lam),
+            weight_sum=self.own_weight_sum,
             num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),
             num_unsupported=(supervised & ~stats.supported).sum(),
+            **block_sums(token_acceptance, self.per_row(correct), self.per_row(supervised), self.problem.pairs),
+            position_decay=self.options.position_decay,
             token_log_acceptance=self.per_row(log_acceptance),
-            token_acceptance=self.per_row(acceptance),
+            token_acceptance=token_acceptance,
             draft_token_ids=self.per_row(draft_ids),
-            loss_is_per_position=self.options.reduction == "position",
         )
+        return out if self.options.group is None else out.all_reduced(self.options.group)
 
 
 def _per_position(name: str, value: float | Tensor, num_positions: int, like: Tensor) -> Tensor:

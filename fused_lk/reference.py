@@ -88,6 +88,7 @@ class ReferenceLoss(NamedTuple):
     weight_sum: Tensor
     num_tokens: Tensor
     num_unsupported: Tensor
+    loss_sum: Tensor
 
 
 def lk_loss(
@@ -151,7 +152,10 @@ def lk_loss(
 
     loss_sum = per_position(token_loss)
     divide_by = weight_sum if denominator is None else torch.as_tensor(denominator, dtype=acc, device=device)
-    means = torch.where(divide_by > 0, loss_sum / torch.where(divide_by > 0, divide_by, 1.0), 0.0)
+    without = torch.where(
+        weight_sum > 0, float("nan"), 0.0
+    )  # tokens that a given denominator denies: no number is right
+    means = torch.where(divide_by > 0, loss_sum / torch.where(divide_by > 0, divide_by, 1.0), without)
     decay = position_decay ** torch.arange(num_positions, dtype=acc, device=device)
     loss = {
         "mean": (decay * means).sum(),
@@ -169,12 +173,34 @@ def lk_loss(
         weight_sum=weight_sum,
         num_tokens=per_position(kept.to(torch.long)),
         num_unsupported=(kept & ~counts).sum(),
+        loss_sum=loss_sum.detach(),
     )
 
 
-def expected_acceptance_length(acceptance: Tensor) -> Tensor:
-    """`1 + sum_k prod_{j <= k} alpha_j` over the first dimension: `[K, ...] -> [...]`, in tokens per step."""
-    return 1 + acceptance.cumprod(0).sum(0)
+def prefix_products(x: Tensor, counts: Tensor | None = None) -> Tensor:
+    """`prod_{j <= k} x_j` over the first dimension, `[K, ...]`: 0 at positions that do not count.
+
+    `counts` `[K]` or `[K, ...]` is 0, or False, at positions that do not count. They are left out of the products.
+    """
+    if counts is None:
+        return x.cumprod(0)
+    kept = counts.reshape(*counts.shape, *(1 for _ in range(x.ndim - counts.ndim))) > 0
+    return torch.where(kept, torch.where(kept, x, 1).cumprod(0), 0)
+
+
+def expected_acceptance_length(acceptance: Tensor, counts: Tensor | None = None) -> Tensor:
+    """`1 + sum_k prod_{j <= k} alpha_j` over the first dimension, in tokens per step of the target.
+
+    Args:
+        acceptance: `[K, ...]`, alpha of each draft position.
+        counts: `[K]` or `[K, ...]`, the supervised tokens of each position (or their weights, or a mask). A position of
+            0 adds nothing and does not end the chain: slot 0 of a DFlash block, for example, is the given anchor.
+            Default: every position counts.
+
+    Returns:
+        `[...]`, between 1 and K + 1. It is differentiable in `acceptance`.
+    """
+    return 1 + prefix_products(acceptance, counts).sum(0)
 
 
 def _safe_logsumexp(x: Tensor) -> Tensor:

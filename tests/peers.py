@@ -48,7 +48,7 @@ def specforge() -> SimpleNamespace:
 
 
 def speculators() -> SimpleNamespace:
-    """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3)."""
+    """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3), `metrics`."""
     with _hollow(_DATA_PACKAGES):
         return SimpleNamespace(
             eager=importlib.import_module("speculators.losses.eager"),
@@ -56,6 +56,7 @@ def speculators() -> SimpleNamespace:
             utils=importlib.import_module("speculators.losses.utils"),
             config=importlib.import_module("speculators.models.eagle3.config"),
             core=importlib.import_module("speculators.models.eagle3.core"),
+            metrics=importlib.import_module("speculators.models.metrics"),
         )
 
 

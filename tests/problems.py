@@ -136,8 +136,7 @@ def make_problem(
         arguments = {
             "mask": (weights * kept).to(torch.promote_types(dtype, torch.float32)),
             "target_rows": torch.where(rows < num_tokens, rows, -1).expand(shape).contiguous(),
-            "positions": step.expand(shape).contiguous(),
-            "num_positions": steps,
+            "position_dim": 0,
             "skip_masked": work != "kept",
         }
         options = {"pairs": fused_lk.Pairs(**arguments), **options}

@@ -161,14 +161,15 @@ CALLS = [
     ("denominator < 0", lambda g: {"denominator": -1.0}, ValueError, "denominator to be a finite number > 0"),
     ("denominator 0", lambda g: {"denominator": 0}, ValueError, r"number > 0; got 0 .*max\(denominator, 1\)"),
     ("denominator 0.0", lambda g: {"denominator": 0.0}, ValueError, "denominator to be a finite number > 0"),
-    ("denominator: tensor 0", lambda g: {"denominator": torch.zeros(1)}, ValueError, r"denominator\.clamp\(min=1\)"),
+    ("denominator: tensor 0", lambda g: {"denominator": torch.zeros(())}, ValueError, r"denominator\.clamp\(min=1\)"),
     ("denominator: count 0", lambda g: {"denominator": torch.tensor(0)}, ValueError, "denominator .*> 0"),
     ("denominator: bool", lambda g: {"denominator": torch.tensor([True])}, TypeError, "denominator of dtype"),
     ("denominator NaN", lambda g: {"denominator": NAN}, ValueError, "denominator"),
     ("denominator: shape", lambda g: {"denominator": torch.ones(2)}, ValueError, r"denominator of shape \(1,\)"),
     ("denominator: device", lambda g: {"denominator": elsewhere(1)}, ValueError, "denominator on cpu"),
-    ("denominator: tensor < 0", lambda g: {"denominator": torch.tensor([-2.0])}, ValueError, "denominator .*> 0"),
-    ("denominator: tensor NaN", lambda g: {"denominator": torch.tensor([NAN])}, ValueError, "denominator .*> 0"),
+    ("denominator: tensor < 0", lambda g: {"denominator": torch.tensor([-2.0])}, ValueError, "denominator .*>= 0"),
+    ("denominator: tensor NaN", lambda g: {"denominator": torch.tensor([NAN])}, ValueError, "denominator .*>= 0"),
+    ("group: no group", lambda g: {"group": "world"}, TypeError, r"group to be a torch\.distributed\.ProcessGroup"),
 ]
 
 

@@ -206,10 +206,11 @@ def test_one_output_type_and_its_rates():
     assert metrics["expected_acceptance_length"] == pytest.approx(length.item())
     assert all(isinstance(value, float) for value in metrics.values())
     assert "eval/loss" in out.metrics("eval/")
-    for name in ("position", "none"):
-        reduced, _ = problem.run(impl="torch", reduction=name)
-        assert ("loss_0" in reduced.metrics()) == (name == "position")
-        assert "loss" not in reduced.metrics()
+    for options in ({"reduction": "position"}, {"reduction": "none"}, {"reduction": "sum"}, {"denominator": 9.0}):
+        reduced, _ = problem.run(impl="torch", **options)
+        assert reduced.metrics() == pytest.approx(metrics)  # the mean loss, whatever is minimised
+    by_position, _ = problem.run(impl="torch", reduction="position")
+    assert metrics["loss_1"] == pytest.approx(by_position.loss[1].item())
 
 
 def test_expected_acceptance_length():

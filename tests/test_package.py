@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     *("integrations", "__init__", "modules", "losses", "by_reference", "explain", "reduction", "output"),
     *("graph", "walk", "targets", "pairs", "impls", "kernels", "rows"),
-    *("objective", "opaque", "gemm", "checks", "reference"),
+    *("objective", "opaque", "gemm", "ranks", "checks", "reference"),
 )
 
 

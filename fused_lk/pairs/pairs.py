@@ -30,6 +30,9 @@ class Pairs:
             the draft row. Default: row i against row i.
         positions: int64 `[...]`: the draft position (TTT step) of each row, from 0 on. Default: one position.
         num_positions: how many positions there are. It is required with `positions`.
+        position_dim: instead of both, the dimension of the shape along which the positions run, from 0 to its size - 1.
+            Rows that differ in this dimension only are one block, such as the steps from one anchor. So the sums over
+            blocks in `LKSums` are known.
         skip_masked: True compacts the rows, which costs one host synchronisation here. False keeps every row: there is
             no synchronisation, shapes are static (as CUDA graphs need), and ignored rows become exact zeros after the
             matrix products. Then the contents of tensors on a device are checked with FUSED_LK_VALIDATE=1 only. Under
@@ -40,7 +43,7 @@ class Pairs:
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; negative or NaN weights; integer masks of other than 0
             and 1; target rows below -1; positions outside `[0, num_positions)`; one of `positions` and
-            `num_positions` without the other.
+            `num_positions` without the other; `position_dim` with them, without a shape, or outside of it.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Pairs:
         positions: Tensor | None = None,
         num_positions: int | None = None,
         *,
+        position_dim: int | None = None,
         skip_masked: bool = True,
     ) -> None:
         inputs = {"mask": mask, "target_rows": target_rows, "positions": positions}
@@ -61,6 +65,13 @@ class Pairs:
         for name, x in given.items():
             checks.shape(name, x, tuple(like.shape), f"the shape of {first}")
             checks.same_device(like.device, **{name: x})
+        self.position_dim: int | None = None
+        if position_dim is not None:
+            self.position_dim = _dimension(position_dim, like if given else None, positions, num_positions)
+            num_positions = like.shape[self.position_dim]
+            along = [-1 if d == self.position_dim else 1 for d in range(like.ndim)]
+            steps = torch.arange(num_positions, device=like.device)
+            positions = given["positions"] = steps.view(along).expand(like.shape)
         if positions is not None and num_positions is None:
             remedy = "Pass num_positions, the number of draft positions."
             checks.fail("num_positions with positions", "positions alone", remedy)
@@ -120,8 +131,8 @@ class Pairs:
         Raises:
             TypeError, ValueError: wrong types, shapes, devices or sizes.
         """
-        counts, rows, step = patterns.ttt(loss_mask, steps, shift, sequence_ids)
-        return cls(counts, rows, step, step.shape[0], skip_masked=skip_masked)
+        counts, rows = patterns.ttt(loss_mask, steps, shift, sequence_ids)
+        return cls(counts, rows, position_dim=0, skip_masked=skip_masked)
 
     @classmethod
     def blocks(
@@ -150,8 +161,27 @@ class Pairs:
         Raises:
             TypeError, ValueError: wrong types, shapes, devices or sizes; anchors outside `[-1, S)`.
         """
-        counts, rows, element = patterns.blocks(anchors, block_size, loss_mask, sequence_ids)
-        return cls(counts, rows, element, element.shape[-1], skip_masked=skip_masked)
+        counts, rows = patterns.blocks(anchors, block_size, loss_mask, sequence_ids)
+        return cls(counts, rows, position_dim=-1, skip_masked=skip_masked)
+
+    @property
+    def weight_sum(self) -> Tensor:
+        """`[K]`, the sum of the weights of each position, known before any forward; fp32 (fp64 for fp64 weights).
+
+        Added up over micro-batches or ranks it is the `denominator` of the whole batch.
+
+        Raises:
+            ValueError: these are `Pairs()` of every row of any draft.
+        """
+        if self.num_pairs is None:
+            remedy = "Pass Pairs a mask, of ones if every row counts."
+            checks.fail("pairs that were made for a shape", "Pairs() of every row of any draft", remedy)
+        weights = torch.ones(self.num_pairs or 0, device=self.device) if self.weights is None else self.weights
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        if self.positions is None:
+            return weights.sum().reshape(1)
+        of = torch.arange(self.num_positions, device=self.device).unsqueeze(1)
+        return torch.where(self.positions == of, weights, 0).sum(1)
 
     def _compact(self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None) -> None:
         """Keep the rows that count, sorted by target row."""
@@ -232,6 +262,22 @@ class Pairs:
             return weights, rows, positions
         spread = [x.new_zeros(num_rows).index_copy(0, self.draft_rows, x) for x in (weights, rows, positions)]
         return spread[0], spread[1], spread[2]
+
+
+def _dimension(dim: int, like: Tensor | None, positions: Tensor | None, num_positions: int | None) -> int:
+    """`dim`, counted from the front, where nothing else gives the positions."""
+    if positions is not None or num_positions is not None:
+        checks.fail("position_dim, or positions with num_positions", "both", "Leave positions and num_positions out.")
+    if like is None:
+        checks.fail(
+            "a mask or target_rows with position_dim", "neither", "Pass a mask, whose shape says how many rows."
+        )
+    ndim = like.ndim if like is not None else 0
+    dim = checks.integer("position_dim", dim, minimum=-ndim)
+    if dim >= ndim:
+        remedy = "Choose the dimension along which the draft positions run."
+        checks.fail(f"position_dim in [{-ndim}, {ndim})", dim, remedy)
+    return dim % ndim
 
 
 EVERY_ROW = Pairs()

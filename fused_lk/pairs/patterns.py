@@ -1,7 +1,7 @@
 """The patterns of training: the steps of test-time training, and the blocks of block drafters.
 
-Each gives `(counts, target_rows, positions)`: how much each draft row counts, the row of the flattened target that it
-is scored against (-1: none), and its draft position.
+Each gives `(counts, target_rows)`: how much each draft row counts, and the row of the flattened target that it is
+scored against (-1: none).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 
-Pattern = tuple[Tensor, Tensor, Tensor]
+Pattern = tuple[Tensor, Tensor]
 
 
 def ttt(loss_mask: Tensor, steps: int, shift: int, sequence_ids: Tensor | None) -> Pattern:
@@ -19,7 +19,7 @@ def ttt(loss_mask: Tensor, steps: int, shift: int, sequence_ids: Tensor | None) 
     _check_tokens(loss_mask, sequence_ids)
     steps, shift = checks.integer("steps", steps), checks.integer("shift", shift, minimum=0)
     step, sequence, own = _grid(loss_mask.device, steps, *loss_mask.shape)
-    return _in_sequences(loss_mask, sequence_ids, sequence, own, own + (step + shift), step)
+    return _in_sequences(loss_mask, sequence_ids, sequence, own, own + (step + shift))
 
 
 def blocks(anchors: Tensor, block_size: int, loss_mask: Tensor, sequence_ids: Tensor | None) -> Pattern:
@@ -36,7 +36,7 @@ def blocks(anchors: Tensor, block_size: int, loss_mask: Tensor, sequence_ids: Te
     sequence, block, element = _grid(anchors.device, batch, anchors.shape[1], block_size)
     own = anchors[sequence, block]
     rows = torch.where(own >= 0, own + element, length)
-    return _in_sequences(loss_mask, sequence_ids, sequence, own, rows, element)
+    return _in_sequences(loss_mask, sequence_ids, sequence, own, rows)
 
 
 def _grid(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
@@ -44,7 +44,7 @@ def _grid(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
 
 
 def _in_sequences(
-    loss_mask: Tensor, sequence_ids: Tensor | None, sequence: Tensor, own: Tensor, rows: Tensor, positions: Tensor
+    loss_mask: Tensor, sequence_ids: Tensor | None, sequence: Tensor, own: Tensor, rows: Tensor
 ) -> Pattern:
     """Draft rows at row `own` of `sequence` against row `rows` of it, which predicts the token after."""
     length = loss_mask.shape[1]
@@ -54,7 +54,7 @@ def _in_sequences(
     if sequence_ids is not None:
         left = sequence_ids[sequence, own.clamp(0, length - 1)] != sequence_ids[sequence, predicted]
         counts = counts.masked_fill(left, 0)
-    return counts, (sequence * length + rows).masked_fill(ends, -1), positions.contiguous()
+    return counts, (sequence * length + rows).masked_fill(ends, -1)
 
 
 def _check_tokens(loss_mask: Tensor, sequence_ids: Tensor | None) -> None:

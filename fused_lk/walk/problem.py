@@ -187,7 +187,9 @@ def _own_pairs(mask: Tensor | None, shape: tuple[int, ...], num_sources: int, de
     if num_sources == 1:
         return EVERY_ROW if mask is None else Pairs(mask)
     step = torch.arange(num_sources, device=device).view(num_sources, *(1 for _ in shape[1:]))
-    return Pairs(mask, None, step.expand(shape), num_sources)
+    pairs = Pairs(mask, None, step.expand(shape), num_sources)
+    pairs.position_dim = 0
+    return pairs
 
 
 def _refuse_nonfinite(problem: Problem) -> None:
