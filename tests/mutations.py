@@ -307,7 +307,7 @@ WALKS = [
     Mutation("scale", "fused_lk/objective.py", "Mix(lam, 1.0 - lam, 0.0)", "Mix(lam, 1.0, 0.0)", CALLS),
     Mutation("sign", "fused_lk/objective.py", "torch.exp(-eta * acceptance.detach())", "torch.exp(eta * acceptance.detach())", "tests/test_losses.py::test_every_target_and_work_list[hidden-identity-lambda-plain]"),
     Mutation("index", "fused_lk/reduction.py", "x[0].expand(self.layout.num_pairs) if positions is None else x[positions]", "x[0].expand(self.layout.num_pairs)", CALLS),
-    Mutation("scale", "fused_lk/reduction.py", "weights = self.weights * self.of_pair(of_position)", "weights = self.of_pair(of_position)", CALLS),
+    Mutation("scale", "fused_lk/reduction.py", "weights = self.weights * self.of_pair(self.share(of_position))", "weights = self.of_pair(self.share(of_position))", CALLS),
     Mutation("off by one", "fused_lk/reduction.py", "options.position_decay**k", "options.position_decay ** (k + 1)", CALLS),
 ]
 # fmt: on

@@ -130,3 +130,26 @@ def test_sums_that_are_reduced_by_hand(ranks):
             assert reduced[name] == pytest.approx(expected.metrics()[name], rel=1e-5), name
             assert merged[name] == pytest.approx(both[name], rel=1e-5), name
         assert own["num_tokens_0"] < reduced["num_tokens_0"]
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_what_the_group_is_under_compilation(impl, tmp_path):
+    """One rank: the collectives are traced, and change nothing."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        hidden, weight = torch.randn(6, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+        target = fused_lk.Target.from_logits(torch.randn(6, V))
+
+        def step(hidden, weight, group):
+            out = fused_lk.lk_loss(hidden, weight, target, impl=impl, group=group)
+            return out.loss, out.acceptance_rate, out.num_tokens
+
+        compiled = torch.compile(step, fullgraph=impl == "torch", backend="aot_eager")
+        expected = step(hidden, weight, None)
+        for got in (step(hidden, weight, dist.group.WORLD), compiled(hidden, weight, dist.group.WORLD)):
+            for ours, wanted in zip(got, expected, strict=True):
+                torch.testing.assert_close(ours, wanted)
+            ours, wanted = (torch.autograd.grad(x[0], weight, retain_graph=True)[0] for x in (got, expected))
+            torch.testing.assert_close(ours, wanted)
+    finally:
+        dist.destroy_process_group()

@@ -46,6 +46,18 @@ def specforge_model():
     }
 
 
+def micro_batches():
+    """Pieces of uneven masks: `(draft_hidden, target, pairs)`, for one head."""
+    step = training_step()
+    step["micro_batches"] = []
+    for kept in (0.9, 0.2, 0.0):
+        mask = torch.rand(2, 3, 4) < kept
+        hidden, target = torch.randn(2, 3, 4, 4), fused_lk.Target.from_logits(torch.randn(24, 6))
+        rows = torch.arange(24).view(2, 3, 4)
+        step["micro_batches"].append((hidden, target, fused_lk.Pairs(mask, rows, position_dim=0)))
+    return step
+
+
 def speculators_model():
     import test_speculators
 
@@ -56,6 +68,7 @@ def speculators_model():
 GRANTED = {
     "integrations import specforge": specforge_model,
     "integrations import speculators": speculators_model,
+    "micro_batches": micro_batches,
 }
 
 
@@ -70,6 +83,22 @@ def test_python_runs_as_written(block):
         torch.testing.assert_close(granted["out"].loss, granted["loss"])
         assert granted["draft_hidden"].grad.abs().sum() > 0
         assert granted["draft_weight"].grad.abs().sum() > 0
+
+
+def test_micro_batches_are_the_whole_batch():
+    (block,) = (block for block in BLOCKS if "micro_batches" in block)
+    pieces = micro_batches()
+    exec(compile(block, "README.md", "exec"), pieces)
+    hidden, _, pairs = zip(*pieces["micro_batches"], strict=True)
+    dense = [p.dense(24, torch.device("cpu"))[0].view(p.shape) for p in pairs]
+    logits = torch.cat([t.tiles.tensors()[0] for _, t, _ in pieces["micro_batches"]])
+    rows = torch.cat([torch.arange(24).view(2, 3, 4) + 24 * i for i in range(3)], 1)
+    whole = fused_lk.Pairs(torch.cat(dense, 1), rows, position_dim=0)
+    weight = pieces["draft_weight"].detach().requires_grad_()
+    out = fused_lk.lk_loss(torch.cat(hidden, 1), weight, fused_lk.Target.from_logits(logits), pairs=whole)
+    out.loss.backward()
+    torch.testing.assert_close(pieces["draft_weight"].grad, weight.grad)
+    assert fused_lk.LKSums.merged(pieces["sums"]).metrics() == pytest.approx(out.metrics())
 
 
 def test_there_is_python_to_run():
