@@ -1,6 +1,6 @@
 """Fused LK losses: train draft models of speculative decoding for their acceptance rate, without full logits."""
 
-from . import reference
+from . import positions, reference
 from .explain import Explanation, explain
 from .losses import lk_divergences, lk_divergences_from_logits, lk_loss, lk_loss_from_logits
 from .modules import LKLoss
@@ -29,5 +29,6 @@ __all__ = [
     "lk_divergences_from_logits",
     "lk_loss",
     "lk_loss_from_logits",
+    "positions",
     "reference",
 ]

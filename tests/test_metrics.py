@@ -221,7 +221,7 @@ def test_the_weights_are_known_before_any_forward(pattern, skip_masked):
 
 def test_weights_of_other_pairs():
     assert fused_lk.Pairs(torch.ones(3, dtype=torch.float64) / 4).weight_sum.tolist() == [0.75]
-    assert fused_lk.Pairs(torch.ones(600, dtype=torch.bfloat16)).weight_sum.tolist() == [600]
+    assert fused_lk.Pairs(torch.ones(601, dtype=torch.bfloat16)).weight_sum.tolist() == [601]  # 600 in bfloat16
     assert fused_lk.Pairs(positions=torch.tensor([0, 2, 2]), num_positions=3).weight_sum.tolist() == [1, 0, 2]
     assert fused_lk.Pairs(torch.zeros(3)).weight_sum.tolist() == [0]
     with pytest.raises(ValueError, match="pairs that were made for a shape"):

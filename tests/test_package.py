@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     *("integrations", "__init__", "modules", "losses", "by_reference", "explain", "reduction", "output"),
     *("graph", "walk", "targets", "pairs", "impls", "kernels", "rows"),
-    *("objective", "opaque", "gemm", "ranks", "checks", "reference"),
+    *("positions", "objective", "opaque", "gemm", "ranks", "checks", "reference"),
 )
 
 
@@ -189,7 +189,10 @@ def test_the_wheel(tmp_path):
 def test_public_names():
     assert sorted(fused_lk.__all__) == fused_lk.__all__
     public = {name for name in vars(fused_lk) if not name.startswith("_")}
-    submodules = {name for name, value in vars(fused_lk).items() if inspect.ismodule(value)} - {"reference"}
+    submodules = {name for name, value in vars(fused_lk).items() if inspect.ismodule(value)} - {
+        "positions",
+        "reference",
+    }
     assert public - submodules == set(fused_lk.__all__)
 
 
@@ -205,9 +208,10 @@ def callables():
                 if not member.startswith("_") and member in vars(value):
                     found[f"{name}.{member}"] = method
     found |= {
-        f"reference.{name}": value
-        for name, value in inspect.getmembers(fused_lk.reference, inspect.isfunction)
-        if not name.startswith("_") and value.__module__ == "fused_lk.reference"
+        f"{module.__name__.removeprefix('fused_lk.')}.{name}": value
+        for module in (fused_lk.positions, fused_lk.reference)
+        for name, value in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_") and value.__module__ == module.__name__
     }
     return found
 

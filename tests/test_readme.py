@@ -118,7 +118,7 @@ def known_options():
     found = set()
     for name in fused_lk.__all__:
         value = getattr(fused_lk, name)
-        members = [value, *vars(value).values()] if inspect.isclass(value) else [value]
+        members = [value, *vars(value).values()] if inspect.isclass(value) or inspect.ismodule(value) else [value]
         found |= {p for x in members if callable(getattr(x, "__func__", x)) for p in parameters(x)}
     for function in (specforge.apply, speculators.apply, speculators.register):
         found |= parameters(function)

@@ -173,15 +173,30 @@ class Pairs:
         Raises:
             ValueError: these are `Pairs()` of every row of any draft.
         """
-        if self.num_pairs is None:
-            remedy = "Pass Pairs a mask, of ones if every row counts."
-            checks.fail("pairs that were made for a shape", "Pairs() of every row of any draft", remedy)
+        self._require_shape()
         weights = torch.ones(self.num_pairs or 0, device=self.device) if self.weights is None else self.weights
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         if self.positions is None:
             return weights.sum().reshape(1)
         of = torch.arange(self.num_positions, device=self.device).unsqueeze(1)
         return torch.where(self.positions == of, weights, 0).sum(1)
+
+    @property
+    def supervised(self) -> Tensor:
+        """bool, in the shape of the pairs: the draft rows that count.
+
+        Raises:
+            ValueError: these are `Pairs()` of every row of any draft.
+        """
+        shape, device = self._require_shape()
+        return (self.dense(math.prod(shape), device)[0] > 0).view(shape)
+
+    def _require_shape(self) -> tuple[tuple[int, ...], torch.device]:
+        if self.shape is None:
+            remedy = "Pass Pairs a mask, of ones if every row counts."
+            checks.fail("pairs that were made for a shape", "Pairs() of every row of any draft", remedy)
+        assert self.shape is not None and self.device is not None
+        return self.shape, self.device
 
     def _compact(self, mask: Tensor | None, target_rows: Tensor | None, positions: Tensor | None) -> None:
         """Keep the rows that count, sorted by target row."""
