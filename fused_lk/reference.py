@@ -152,9 +152,8 @@ def lk_loss(
 
     loss_sum = per_position(token_loss)
     divide_by = weight_sum if denominator is None else torch.as_tensor(denominator, dtype=acc, device=device)
-    without = torch.where(
-        weight_sum > 0, float("nan"), 0.0
-    )  # tokens that a given denominator denies: no number is right
+    # A denominator of 0 for tokens that count: no number is right.
+    without = torch.zeros_like(weight_sum).masked_fill(weight_sum > 0, float("nan"))
     means = torch.where(divide_by > 0, loss_sum / torch.where(divide_by > 0, divide_by, 1.0), without)
     decay = position_decay ** torch.arange(num_positions, dtype=acc, device=device)
     loss = {

@@ -79,6 +79,7 @@ def test_the_weights_of_dpace(smoothing):
     theirs = wrapper._dpace_weight(SimpleNamespace(dpace_alpha=smoothing), confidence, mask, supervised, "dpace")
     torch.testing.assert_close(ours, theirs * mask)
     torch.testing.assert_close(positions.dpace_weights(confidence.T, supervised.T, smoothing), ours.T)
+    assert not positions.dpace_weights(*make(-1), smoothing, dim=-1).requires_grad
     if smoothing == 1:
         assert torch.equal(ours[0], torch.where(supervised[0], supervised[0].flip(0).cumsum(0).flip(0), 0).float())
 
