@@ -72,6 +72,16 @@ def tensor(
     return value
 
 
+def weight_here(value: Any) -> Any:
+    """A weight that a `DTensor` replicates, as the plain tensor of this rank; anything else as it is.
+
+    The gradient goes back as a DTensor with the same placements. Nothing is reduced between ranks.
+    """
+    if hasattr(value, "full_tensor") and all(x.is_replicate() for x in value.placements):
+        return value.to_local()
+    return value
+
+
 def instead(value: Any, remedy: str) -> str:
     """What to pass in the place of a `value` that is no tensor but holds one; `remedy` otherwise."""
     if isinstance(value, nn.Module) and isinstance(getattr(value, "weight", None), Tensor):
@@ -179,10 +189,12 @@ def positive(name: str, value: Tensor, remedy: str) -> None:
 
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
-    """A bool or integer mask as bool; integers are 0 and 1, where they are read."""
+    """A mask as bool. Integers are 0 and 1, and floats are weights >= 0, where they are read."""
     if mask.dtype == torch.bool:
         return mask
-    if checks_contents(mask) and bool(((mask != 0) & (mask != 1)).any()):
+    if mask.is_floating_point():
+        non_negative(name, mask)
+    elif checks_contents(mask) and bool(((mask != 0) & (mask != 1)).any()):
         fail(f"an integer {name} of 0 and 1", "another entry", f"Pass {name} > 0.")
     return mask > 0
 

@@ -58,7 +58,13 @@ OBJECTS = [
     ("hidden: size", lambda g: Target.from_hidden(g.hidden.detach(), g.head), ValueError, "last dimension 3"),
     ("hidden: device", lambda g: Target.from_hidden(elsewhere(N, H_TARGET), g.head), ValueError, "hidden on cpu"),
     ("hidden: grad", lambda g: Target.from_hidden(trainable(g.states), g.head), ValueError, r"hidden\.detach\(\)"),
-    ("hidden: mask dtype", lambda g: Target.from_hidden(g.states, g.head, g.mask), TypeError, "mask of dtype bool"),
+    (
+        "hidden: mask dtype",
+        lambda g: Target.from_hidden(g.states, g.head, g.mask.to(torch.complex64)),
+        TypeError,
+        "mask of dtype bool",
+    ),
+    ("hidden: mask < 0", lambda g: Target.from_hidden(g.states, g.head, -g.mask), ValueError, "mask with entries"),
     ("hidden: mask shape", lambda g: Target.from_hidden(g.states, g.head, g.t2d), ValueError, r"mask of shape \(6,\)"),
     (
         "hidden: mask device",

@@ -12,6 +12,7 @@ import fused_lk
 from fused_lk import DraftVocab, LKLoss, Pairs, Target, checks
 from fused_lk.reduction import LossOptions
 
+CPU = torch.device("cpu")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -34,6 +35,9 @@ def test_counts_as_denominators():
         )
         for count in counts:
             assert torch.equal(loss(given, denominator=count, impl=impl).loss, expected), count
+        for reduction in ("mean", "position", "sum", "none"):
+            same = [loss(given, denominator=x, impl=impl, reduction=reduction).loss for x in (torch.tensor(3), 3.0)]
+            assert torch.equal(*same), reduction
         work = {"pairs": Pairs(positions=given.positions, num_positions=K), "impl": impl}
         per_position = loss(given, denominator=torch.tensor([3, 4]), **work)
         assert torch.equal(per_position.loss, loss(given, denominator=torch.tensor([3.0, 4.0]), **work).loss)
@@ -42,6 +46,24 @@ def test_counts_as_denominators():
 @pytest.mark.parametrize("denominator", [0, 0.0, torch.tensor(0), torch.tensor([1.0, -1.0])])
 def test_the_module_refuses_a_denominator_of_0_when_it_is_made(denominator):
     refuse(Given(), lambda: LKLoss(denominator=denominator), (), ValueError, "denominator .* >=? 0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, *INTEGERS, torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_of_any_dtype(dtype):
+    """Everywhere that a mask is taken."""
+    given = Given()
+    kept = torch.arange(N) % 3 != 1
+    mask, tokens = kept.to(dtype), kept.to(dtype).view(2, 3)
+    out = loss(given, mask=mask)
+    assert torch.equal(out.loss, loss(given, mask=kept).loss)
+    for other, same in (
+        (Pairs.ttt(tokens, 2), Pairs.ttt(kept.view(2, 3), 2)),
+        (Pairs.blocks(torch.zeros(2, 1).long(), 2, tokens), Pairs.blocks(torch.zeros(2, 1).long(), 2, kept.view(2, 3))),
+        (Pairs(mask, skip_masked=False), Pairs(kept, skip_masked=False)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(other.dense(12, CPU), same.dense(12, CPU), strict=True))
+    computed = Target.from_hidden(given.states, given.head, mask)
+    assert torch.equal(computed.log_normalizer.isnan(), ~kept)
 
 
 # (arguments of Pairs by the name of the tensor in Given)

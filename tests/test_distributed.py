@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_lk
@@ -124,7 +125,33 @@ def train(rank):
             loss.detach(),
             {name: full(p.grad) for name, p in inner.named_parameters()},
         )
-    return results, refusals(rank)
+    return results, refusals(rank), replicated()
+
+
+def on_two_heads(wrap):
+    """Losses and gradients of a draft head and a target head that `wrap` has made of plain tensors."""
+    model, (hidden, states, mask) = Model("lambda"), share(make_batch(), 0)
+    given = (model.head.weight, model.head.bias, model.target_head.weight, torch.linspace(-1, 1, V_TARGET))
+    results = {}
+    for plan in ("one_pass", "recompute"):
+        weight, bias, *target_head = (wrap(x.detach().clone()) for x in given)
+        leaves = [weight.requires_grad_(), bias.requires_grad_()]
+        head = fused_lk.TargetHead(target_head[0], model.target_head.vocab, target_head[1])
+        target = fused_lk.Target.from_hidden(states, head)
+        out = fused_lk.lk_loss(
+            hidden, weight, target, bias=bias, mask=mask, kl_weight=0.3, plan=plan, impl="torch",
+        )  # fmt: skip
+        out.loss.backward()
+        results[plan] = (out.loss.detach(), *(x.grad for x in leaves))
+    return results
+
+
+def replicated():
+    """The same of DTensors that replicate the heads: placements of the gradients, and all as plain tensors."""
+    mesh = init_device_mesh("cpu", (len(RANKS),))
+    results = on_two_heads(lambda x: distribute_tensor(x, mesh, [Replicate()]))
+    placements = {str(x.placements) for _, *gradients in results.values() for x in gradients}
+    return placements, {plan: [full(x) for x in values] for plan, values in results.items()}
 
 
 def refusals(rank):
@@ -194,7 +221,7 @@ def alone_mixed(objective, masked_rank):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: "-".join(map(str, s)))
 def test_gradients_of_one_process(ranks, scenario):
     wrapper, objective, masked_rank = scenario
-    by_rank = [results[scenario] for results, _ in ranks]
+    by_rank = [results[scenario] for results, *_ in ranks]
     mixed = wrapper == "fsdp_mixed"
     loss, gradients = (alone_mixed if mixed else alone)(objective, masked_rank)
     torch.testing.assert_close(sum(of_rank for of_rank, _ in by_rank) / len(RANKS), loss, rtol=1e-5, atol=0)
@@ -212,7 +239,7 @@ def test_gradients_of_one_process(ranks, scenario):
 
 
 def test_shards_are_refused(ranks):
-    for _, messages in ranks:
+    for _, messages, _ in ranks:
         assert set(messages) == {
             "draft_lm_head_weight", "bias", "lm_head_weight", "hidden", "draft_hidden", "own unit",
         }  # fmt: skip
@@ -220,6 +247,16 @@ def test_shards_are_refused(ranks):
             assert "a DTensor with placements" in message, name
             assert "let the root module own the head" in message and "full_tensor()" in message
             assert message.startswith(f"expected {'draft_lm_head_weight' if name == 'own unit' else name} to be")
+
+
+def test_replicated_heads(ranks):
+    """Taken as this rank's plain tensors. Their gradients are DTensors again."""
+    expected = on_two_heads(lambda x: x)
+    for _, _, (placements, results) in ranks:
+        assert placements == {"(Replicate(),)"}
+        for plan, values in expected.items():
+            for got, want in zip(results[plan], values, strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_the_scenarios_differ(ranks):

@@ -25,6 +25,7 @@ class TargetHead:
     """
 
     def __init__(self, lm_head_weight: Tensor, vocab: DraftVocab | None = None, bias: Tensor | None = None) -> None:
+        lm_head_weight, bias = checks.weight_here(lm_head_weight), checks.weight_here(bias)
         checks.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=checks.FLOATS)
         checks.not_empty("lm_head_weight", lm_head_weight, vocabulary=0, hidden_size=1)
         check_vocab(vocab, lm_head_weight.shape[0], "lm_head_weight")

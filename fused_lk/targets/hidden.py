@@ -15,7 +15,7 @@ from ..opaque import opaque
 from ..rows.interface import Normalizer, accumulation_dtype
 from .head import TargetHead
 from .logits import LogitsTiles, unwritten
-from .tiles import Made, Tiles, flat_constant, flat_ids
+from .tiles import Made, Tiles, flat_constant, flat_ids, given_normalizer
 
 
 class HiddenTiles(Tiles):
@@ -70,12 +70,11 @@ def of_hidden(
     normalizer = None
     if log_normalizer is not None:
         log_normalizer = flat_constant("log_normalizer", log_normalizer, hidden, checks.FLOATS)
-        rounding = max(torch.finfo(x).eps for x in (tiles.dtype, log_normalizer.dtype))
-        normalizer = Normalizer(log_normalizer, False, rounding)
+        normalizer = given_normalizer(log_normalizer, tiles.dtype)
     ids = flat_ids(token_ids, hidden, head.weight.shape[0])
     flat_mask = computed = None
     if mask is not None:
-        checks.tensor("mask", mask, dtypes=checks.MASKS, remedy="Target masks are bool: True = computed.")
+        checks.tensor("mask", mask, dtypes=(*checks.MASKS, *checks.FLOATS))
         checks.shape("mask", mask, tuple(hidden.shape[:-1]), "one per row of hidden")
         checks.same_device(hidden.device, mask=mask)
         flat_mask = checks.as_bool("mask", mask).reshape(-1)

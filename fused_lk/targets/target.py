@@ -98,8 +98,8 @@ class Target:
         Args:
             hidden: `[..., H_target]`, of the head's dtype (under `torch.autocast` both are cast, as by `F.linear`).
             head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=` and `bias=`.
-            mask: optional bool (or integers 0 and 1) `[...]`; rows with False are not computed and may not be used by
-                any pair.
+            mask: optional `[...]`: bool, integers 0 and 1, or float weights >= 0. Rows with False or 0 are not
+                computed and may not be used by any pair.
             log_normalizer, token_ids: optional `[...]`, if known (from an inference engine): then no pass is made.
                 With `log_normalizer` alone accuracy is not known and reported as NaN. An id of -1 is not known: it
                 counts as wrong in accuracy, and as outside the draft vocabulary.

@@ -82,6 +82,12 @@ def flat_constant(name: str, value: Tensor, like: Tensor, dtypes: Sequence[torch
     return value.reshape(-1)
 
 
+def given_normalizer(log_normalizer: Tensor, logits_dtype: torch.dtype) -> Normalizer:
+    """A caller's logsumexp over the full vocabulary, `[N]`, of logits of that dtype."""
+    rounding = max(torch.finfo(x).eps for x in (logits_dtype, log_normalizer.dtype))
+    return Normalizer(log_normalizer, False, rounding)
+
+
 def flat_ids(token_ids: Tensor | None, like: Tensor, target_size: int) -> Tensor | None:
     """A caller's argmaxes, if given: target ids, or -1 where the argmax is not known."""
     if token_ids is None:

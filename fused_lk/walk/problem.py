@@ -70,6 +70,7 @@ def linear(
     *how: Any,
 ) -> Problem:
     """The problem of a draft with hidden states and an `lm_head`. `how` goes to `_checked`."""
+    weight, bias = checks.weight_here(weight), checks.weight_here(bias)
     checks.tensor("draft_lm_head_weight", weight, ndim=2, dtypes=checks.FLOATS)
     checks.not_empty("draft_lm_head_weight", weight, vocabulary=0, hidden_size=1)
     sources, shape = _sources("draft_hidden", hidden)
