@@ -115,4 +115,6 @@ class _Rows:
         self.weights, self.target_rows, self.positions = problem.pairs.dense(problem.num_rows, problem.device)
         self.weights = self.weights.to(problem.accumulator)
         self.log_p = target.dense_log_probs()[self.target_rows]
+        if target.tiles.restricts_draft:
+            self.draft_logits = reference.restricted(self.draft_logits, self.log_p)
         self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)

@@ -39,6 +39,29 @@ def target_log_probs(
     return on_draft - _safe_logsumexp(over)
 
 
+def topk_log_probs(
+    token_ids: Tensor,
+    log_probs: Tensor,
+    num_tokens: int,
+    t2d: Tensor | None = None,
+    log_normalizer: Tensor | None = None,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+) -> Tensor:
+    """`log p` on the draft vocabulary, `[..., V_d]`, of a target that lists tokens `[..., k]` of its `num_tokens`.
+
+    An id of -1 and a value of -inf list nothing. A token that is listed twice counts once, with its larger value. Other
+    tokens are impossible. Without `log_normalizer` `[...]` the values are log-probabilities; with it they are logits,
+    and it is their logsumexp, divided by the temperature, over all `num_tokens`.
+    """
+    at = token_ids.unsqueeze(-1) == torch.arange(num_tokens, device=token_ids.device)
+    logits = torch.where(at, promote(log_probs).unsqueeze(-1), NEG_INF).amax(-2) / temperature
+    on_draft = logits if t2d is None else logits[..., t2d]
+    if renormalize:
+        return on_draft - _safe_logsumexp(on_draft)
+    return on_draft if log_normalizer is None else on_draft - log_normalizer.unsqueeze(-1)
+
+
 def divergences(draft_logits: Tensor, log_p: Tensor, draft_temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`(log alpha, KL(pt || q))` per row, `[...]`, differentiable in `draft_logits` by autograd.
 
@@ -58,6 +81,15 @@ def divergences(draft_logits: Tensor, log_p: Tensor, draft_temperature: float = 
     surprise = torch.where(in_support, log_pt, 0.0) - torch.where(in_support, log_q, 0.0)
     kl = (log_pt.exp() * surprise).sum(-1)
     return torch.where(supported & in_common, log_alpha, NEG_INF), torch.where(supported, kl, 0.0)
+
+
+def restricted(draft_logits: Tensor, log_p: Tensor) -> Tensor:
+    """The draft's logits with -inf where the target has no mass: q is renormalised on what the target can say.
+
+    Rows whose target has no mass at all stay as they are.
+    """
+    excluded = (log_p == NEG_INF) & has_mass(log_p).unsqueeze(-1)
+    return torch.where(excluded, NEG_INF, draft_logits)
 
 
 def has_mass(log_p: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_lk
 
-TARGET_KINDS = ("hidden", "cached", "shared_hidden", "logits", "shared_logits", "probs", "topk")
+TARGET_KINDS = ("hidden", "cached", "shared_hidden", "logits", "shared_logits", "probs", "topk", "restricting_topk")
 OBJECTIVES = ("kl", "tv", "alpha", "lambda")
 REDUCTIONS = ("mean", "position", "sum", "none")
 
@@ -69,6 +69,22 @@ def make_vocab(target_size: int, draft_size: int, generator: torch.Generator) ->
     return fused_lk.DraftVocab(t2d)
 
 
+def ragged_top_k(log_probs: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids and values `[..., k + 2]` in any order: a token that was sampled from the k is listed again, one more of them
+    with -inf, and a third of the entries list nothing. Those hold NaN, and zeros."""
+    values, ids = log_probs.topk(k)
+    again = torch.randint(k, (*ids.shape[:-1], 2), generator=generator)
+    ids, values = (torch.cat([x, x.gather(-1, again)], -1) for x in (ids, values))
+    values[..., -1] = float("-inf")
+    nothing = torch.rand(ids.shape, generator=generator) < 0.3
+    ids = ids.masked_fill(nothing, -1)
+    values = values.masked_fill(nothing, float("nan"))
+    values[..., 0] = torch.where(nothing[..., 0], float("-inf"), values[..., 0])
+    ids[..., 0] = torch.where(nothing[..., 0], 0, ids[..., 0])
+    order = torch.randperm(k + 2, generator=generator)
+    return ids[..., order], values[..., order]
+
+
 def make_target(
     kind: str,
     num_tokens: int,
@@ -86,9 +102,10 @@ def make_target(
     log_probs = logits.double().log_softmax(-1)
     if kind == "probs":
         return fused_lk.Target.from_probs(log_probs.exp()[:, vocab.target_ids].to(dtype), vocab, **options)
-    if kind == "topk":
-        top = log_probs.topk(min(7, vocab.target_size))
-        return fused_lk.Target.from_topk(top.indices, top.values.to(dtype), vocab, **options)
+    if kind.endswith("topk"):
+        options["restrict_draft"] = kind == "restricting_topk"
+        ids, values = ragged_top_k(log_probs.to(dtype), min(7, vocab.target_size), generator)
+        return fused_lk.Target.from_topk(ids, values, vocab, **options)
     return {
         "hidden": lambda: fused_lk.Target.from_hidden(hidden, fused_lk.TargetHead(weight, vocab), **options),
         "cached": lambda: fused_lk.Target.from_hidden(

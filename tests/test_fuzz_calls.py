@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_outputs_agree
+from problems import assert_outputs_agree, ragged_top_k
 
 import fused_lk
 from fused_lk.rows import plain
@@ -56,8 +56,15 @@ def whole_calls(draw):
         probs = log_probs.exp()[:, t2d] if truncated else log_probs.exp()
         target = fused_lk.Target.from_probs(probs, vocab, **renormalize)
     else:
-        top = log_probs.topk(min(full, 3))
-        target = fused_lk.Target.from_topk(top.indices, top.values, vocab or full, **renormalize)
+        given = {"temperature": draw(st.sampled_from([1.0, 0.8]), label="temperature of the k")}
+        of_logits = draw(st.booleans(), label="logits of the k")
+        if of_logits:
+            given["log_normalizer"] = (logits / given["temperature"]).logsumexp(-1)
+        elif not renormalize["renormalize"]:
+            given = {}
+        top = ragged_top_k(logits if of_logits else log_probs, min(full, 3), generator)
+        given["restrict_draft"] = draw(st.booleans(), label="restrict draft")
+        target = fused_lk.Target.from_topk(*top, vocab or full, **given, **renormalize)
 
     shape = (steps, tokens)
     layout = draw(st.sampled_from(["contiguous", "strided", "transposed", "list"]), label="layout")

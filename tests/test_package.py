@@ -245,7 +245,6 @@ DOCUMENTED_WITH = defaultdict(
         "LKLoss.forward": ("lk_loss", "lk_divergences"),
         "Target.from_logits": ("Target.from_hidden",),
         "Target.from_probs": ("Target.from_hidden",),
-        "Target.from_topk": ("Target.from_hidden",),
     },
 )
 ENTRIES = ("lk_loss", "lk_loss_from_logits", "lk_divergences", "lk_divergences_from_logits", "LKLoss", "Pairs")

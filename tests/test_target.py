@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import ragged_top_k
 from torch import Tensor
 
 import fused_lk
@@ -182,6 +185,137 @@ def test_top_k(k, renormalize):
     assert torch.equal(shared.token_ids, dense.token_ids)
     assert shared.draft_vocab_size == FULL
     assert shared.in_draft_vocab.all()
+
+
+def check_top_k(dense, ids, values, vocab=None, log_normalizer=None, rtol=1e-9, impl="torch", **options):
+    vocab = dense.vocab if vocab is None else vocab
+    target = Target.from_topk(ids, values, vocab, log_normalizer, **options)
+    given = (FULL, dense.t2d, None if log_normalizer is None else log_normalizer.double())
+    log_p = reference.topk_log_probs(ids, values.double(), *given, **options)
+    check_primitive(dense, target, log_p, rtol, impl=impl)
+    return target, log_p
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_ragged_top_k(impl, dtype, renormalize):
+    """An id of -1 and a value of -inf list nothing; what is listed twice counts once."""
+    dense, k = Dense(dtype), 6
+    log_probs = dense.logits.double().log_softmax(-1).to(dtype)
+    ids, values = ragged_top_k(log_probs, k, torch.Generator().manual_seed(1))
+    ids[1, 2:4], values[1, 4] = -1, NEG_INF  # rows that list nothing
+    loose = 1e-9 if dtype == torch.float64 else 2e-5
+    target, log_p = check_top_k(dense, ids, values, rtol=loose, impl=impl, renormalize=renormalize)
+    assert (log_p[1, 2:] == NEG_INF).all()
+    everything = reference.topk_log_probs(ids, values.double(), FULL)
+    best = torch.where((everything != NEG_INF).any(-1), everything.argmax(-1), -1)
+    assert torch.equal(target.token_ids, best)
+    assert torch.equal(target.in_draft_vocab, (best >= 0) & dense.t2d[best])
+    shared = Target.from_topk(ids.int(), values, FULL, renormalize=renormalize)
+    assert torch.equal(shared.in_draft_vocab, best >= 0)
+    out = fused_lk.lk_loss_from_logits(dense.draft_logits, target, objective="kl", impl=impl)
+    assert out.num_unsupported == (log_p == NEG_INF).all(-1).sum() >= 3
+    assert out.loss.isfinite()
+
+
+def test_top_k_by_hand():
+    """Three tokens: 0.5 listed twice, 0.25, and a token that is not listed."""
+    half, quarter = math.log(0.5), math.log(0.25)
+    ids = torch.tensor([[2, 0, -1, 2, 1]])
+    values = torch.tensor([[half, quarter, math.nan, half - 1e-4, NEG_INF]], dtype=torch.float64)
+    draft = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
+    every = DraftVocab(torch.ones(3, dtype=torch.bool))  # an id of -1 is not its last token
+    for impl, vocab in itertools.product(("torch", "triton", "reference"), (3, every)):
+        d = fused_lk.lk_divergences_from_logits(draft, Target.from_topk(ids, values, vocab), impl=impl)
+        torch.testing.assert_close(d.acceptance.item(), 0.25 + 0.25)
+        torch.testing.assert_close(d.kl.item(), 2 / 3 * math.log(2 / 3 / 0.25) + 1 / 3 * math.log(1 / 3 / 0.25))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_draft_restricted_to_the_top_k(impl, dtype, renormalize):
+    """q renormalised on the listed tokens: values, gradients and argmax of the columns that are left."""
+    dense = Dense(dtype)
+    ids, values = ragged_top_k(dense.logits.log_softmax(-1), 6, torch.Generator().manual_seed(1))
+    ids[1, 2] = -1
+    options = {"renormalize": renormalize}
+    target = Target.from_topk(ids, values, dense.vocab, restrict_draft=True, **options)
+    log_p = reference.topk_log_probs(ids, values.double(), FULL, dense.t2d, **options)
+    leaf = dense.draft_logits.detach().clone().requires_grad_()
+    before = leaf.detach().clone()
+    d = fused_lk.lk_divergences_from_logits(leaf, target, impl=impl, draft_temperature=0.8)
+    weights = torch.linspace(1, 2, 10, dtype=torch.float64).view(SHAPE)
+    answered = (log_p != NEG_INF).any(-1)
+    ((d.kl - torch.where(answered, d.log_acceptance, 0)) * weights).sum().backward()
+    assert torch.equal(leaf.detach(), before)
+    assert not answered[1, 2]
+    assert d.log_acceptance[~answered].eq(NEG_INF).all()
+    loose = 1e-9 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for i in map(tuple, answered.nonzero().tolist()):
+        left = log_p[i] != NEG_INF
+        z = dense.draft_logits[i][left].double().requires_grad_()
+        log_alpha, kl = reference.divergences(z, log_p[i][left], 0.8)
+        ((kl - log_alpha) * weights[i]).backward()
+        torch.testing.assert_close(d.log_acceptance[i].double(), log_alpha, rtol=loose, atol=loose)
+        torch.testing.assert_close(d.kl[i].double(), kl, rtol=loose, atol=loose)
+        torch.testing.assert_close(leaf.grad[i][left].double(), z.grad, rtol=loose, atol=loose)
+        assert not leaf.grad[i][~left].any()
+        assert d.draft_token_ids[i] == dense.vocab.target_ids[left.nonzero()[z.argmax(), 0]]
+    assert not leaf.grad[~answered].any()
+
+
+def test_two_values_of_one_token():
+    """Rounding apart, the larger counts; more apart they are refused."""
+    ids = torch.tensor([[3, 3, 1]])
+    for dtype, near, far in ((torch.float64, 1.9e-3, 2.1e-3), (torch.bfloat16, 2**-6, 2**-5)):
+
+        def given(less, dtype=dtype):
+            return torch.tensor([[-1.0 - less, -1.0, -3.0]], dtype=dtype)
+
+        assert Target.from_topk(ids, given(near), 4).token_ids == 3
+        assert (Target.from_topk(ids, given(near), 4).dense_log_probs()[0, 3] + 1).abs() < 1e-9
+        for far_apart in (given(far), given(far)[:, [1, 0, 2]]):
+            with pytest.raises(ValueError, match="one log-probability per token and row; got two"):
+                Target.from_topk(ids, far_apart, 4)
+        Target.from_topk(torch.tensor([[-1, -1, 1]]), given(far), 4)
+    Target.from_topk(ids, torch.tensor([[NEG_INF, -1.0, -3.0]]), 4)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_logits_of_the_k(impl, temperature, renormalize):
+    dense = Dense()
+    given, options = dense.log_normalizer(temperature), {"temperature": temperature, "renormalize": renormalize}
+    ids, values = ragged_top_k(dense.logits, 9, torch.Generator().manual_seed(1))
+    target, log_p = check_top_k(dense, ids, values, None, given, impl=impl, **options)
+    assert torch.equal(target.log_normalizer, given)
+    full = dense.log_p(temperature)
+    if not renormalize:
+        torch.testing.assert_close(log_p, torch.where(log_p == NEG_INF, NEG_INF, full))
+    # A constant per row cancels: log-probabilities say the same of the listed tokens, at any temperature.
+    if renormalize:
+        moved = values - dense.log_normalizer().unsqueeze(-1)
+        for same in (values, moved):
+            again, _ = check_top_k(dense, ids, same, impl=impl, **options)
+            torch.testing.assert_close(again.dense_log_probs(), target.dense_log_probs())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_of_all_tokens_sum_to_one(dtype, monkeypatch):
+    """The normaliser of logits in half precision is no excess, and no error when contents are asked for."""
+    monkeypatch.setenv("FUSED_LK_VALIDATE", "1")
+    dense = Dense(dtype, bias=False)
+    logits = (dense.logits * 4).to(dtype)
+    everything = torch.arange(FULL).expand(*SHAPE, FULL)
+    sampled = logits.argmax(-1, keepdim=True)
+    everything, logits = torch.cat([everything, sampled], -1), torch.cat([logits, logits.gather(-1, sampled)], -1)
+    given = logits[..., :FULL].double().logsumexp(-1).float()
+    target = Target.from_topk(everything, logits, FULL, given)
+    d = fused_lk.lk_divergences_from_logits(logits[..., :FULL].float(), target)
+    torch.testing.assert_close(d.acceptance, torch.ones(SHAPE), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda target: pickle.loads(pickle.dumps(target))])

@@ -119,7 +119,9 @@ def test_the_triton_kernels_in_a_graph(mode):
     assert_same(results(compiled, weight, bias, 6), results(run, weight, bias, 6))
 
 
-@pytest.mark.parametrize("kind", ["cached", "shared_hidden", "logits", "shared_logits", "probs", "topk"])
+@pytest.mark.parametrize(
+    "kind", ["cached", "shared_hidden", "logits", "shared_logits", "probs", "topk", "restricting_topk"]
+)
 def test_targets_made_outside(kind):
     problem = make_problem(kind=kind, work="shifted", bias=False)
 

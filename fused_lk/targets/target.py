@@ -26,6 +26,7 @@ KINDS: dict[str, Callable[[Sequence[Tensor], int], Tiles]] = {
     "logits": LogitsTiles,
     "probs": ProbsTiles,
     "topk": TopKTiles,
+    "restricting_topk": partial(TopKTiles, restricts_draft=True),
 }
 
 
@@ -36,8 +37,8 @@ class Target:
         shape: the leading shape of what was given. Flattened, it has `num_tokens` rows.
         draft_vocab_size: the size of the vocabulary that the draft's logits must have.
         device, dtype: where its logits are, and what they are computed in.
-        log_normalizer: `[...]`, logsumexp over the full target vocabulary of logits / temperature (0 for probabilities
-            and top-k; NaN for rows that `mask` leaves out).
+        log_normalizer: `[...]`, logsumexp over the full target vocabulary of logits / temperature (0 for probabilities,
+            and for top-k without one; NaN for rows that `mask` leaves out).
         token_ids: int64 `[...]`, the target's argmax as target ids, -1 where it was given as not known; None where it
             was neither given nor computed.
         in_draft_vocab: bool `[...]`, whether that argmax is in the draft vocabulary; None like `token_ids`.
@@ -162,21 +163,45 @@ class Target:
         token_ids: Tensor,
         log_probs: Tensor,
         vocab: DraftVocab | int,
+        log_normalizer: Tensor | None = None,
         *,
         temperature: float = 1.0,
         renormalize: bool = False,
+        restrict_draft: bool = False,
     ) -> Target:
-        """A target from its top-k tokens: target ids and log-probabilities, `[..., k]` each, in any order.
+        """A target from its top-k tokens. Every other token counts as impossible.
 
-        `log_probs` are normalised over the full vocabulary; every other token counts as impossible. `vocab` is the
-        draft vocabulary, or the size of a shared one.
+            log p_v = log_probs_v                                  log-probabilities over the full vocabulary
+            log p_v = log_probs_v / temperature - log_normalizer   logits, with their normaliser
+            p = softmax(log_probs / temperature)                   either, over the listed tokens of the draft
+                                                                   vocabulary, with `renormalize=True`
+
+        Rows may list fewer than k tokens: an id of -1, or a value of -inf, counts for nothing. A token may be listed
+        twice, as engines append the token that was sampled: it counts once, and of two values that differ within
+        rounding the larger counts. A row that lists nothing has a target without an answer.
+
+        Args:
+            token_ids: int64 or int32 `[..., k]`, target ids in any order, or -1.
+            log_probs: `[..., k]`, any float dtype.
+            vocab: the draft vocabulary, or the size of a shared one.
+            log_normalizer: optional `[...]`, logsumexp(logits / temperature) over the full vocabulary, as in
+                `from_hidden`. Then `log_probs` are the logits of the k.
+            temperature: of the target's softmax, > 0. At another one than 1, log-probabilities alone do not say how
+                much the tokens that are not listed have; so it needs `log_normalizer` or `renormalize`.
+            renormalize: score alpha against p renormalised on the listed tokens of the draft vocabulary.
+            restrict_draft: renormalise q on these tokens as well; AngelSpec's top-k losses do both. The draft's other
+                logits count as -inf: they receive no gradient, and its argmax (accuracy, draft token ids) is that of
+                the listed tokens. A row that lists none of the draft vocabulary has no answer, as ever.
 
         Raises:
-            ValueError: ids outside the target vocabulary, or twice in one row (on a device only with
-                FUSED_LK_VALIDATE=1: reading them synchronises).
+            TypeError, ValueError: wrong types, shapes, devices; `log_probs` that require grad; ids outside the target
+                vocabulary, or a token with two values that differ by more than rounding, 1e-3 (1e-2 in half precision)
+                times 1 + |value| (these two on a device only with FUSED_LK_VALIDATE=1: reading them synchronises).
         """
-        temperature, renormalize = _softmax(temperature, renormalize, of_logits=False)
-        return Target(of_topk(token_ids, log_probs, vocab), temperature, renormalize)
+        temperature, renormalize = _softmax(temperature, renormalize)
+        restrict_draft = checks.flag("restrict_draft", restrict_draft)
+        made = of_topk(token_ids, log_probs, vocab, log_normalizer, temperature, renormalize, restrict_draft)
+        return Target(made, temperature, renormalize)
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -246,8 +271,8 @@ def _softmax(temperature: float, renormalize: bool, *, of_logits: bool = True) -
     temperature = checks.number("temperature", temperature, above=0)
     if temperature != 1.0 and not of_logits:
         checks.fail(
-            "temperature=1 with probabilities or top-k",
+            "temperature=1 with probabilities",
             f"temperature={temperature}",
-            "Probabilities cannot be retempered; use from_logits or from_hidden.",
+            "Probabilities cannot be retempered; use from_logits, from_hidden or from_topk.",
         )
     return temperature, checks.flag("renormalize", renormalize)

@@ -23,10 +23,12 @@ class Tiles:
         dtype: the dtype of the logits, wherever they are written.
         device, num_rows, vocab_size: of all the logits that a walk may ask for.
         in_place: whether the caller holds these very logits, so that a walk needs no workspace for them.
+        restricts_draft: whether the draft, too, is renormalised on the tokens that the target can say.
     """
 
     kind: str
     in_place = False
+    restricts_draft = False
 
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, dtype: torch.dtype) -> None:
         self._tensors = tuple(tensors)
@@ -43,6 +45,13 @@ class Tiles:
 
     def write(self, t: Tensor, rows: slice | Tensor, columns: slice) -> None:
         """Write the logits of `rows` (a slice, or int64 indices) and `columns` into `t`."""
+        raise NotImplementedError
+
+    def restrict(self, z: Tensor, rows: slice | Tensor, columns: slice) -> None:
+        """Make -inf, in place, of the draft's logits `z` of all tokens that the target's `rows` cannot say.
+
+        A row whose target can say nothing stays as it is. Only tiles with `restricts_draft` do this.
+        """
         raise NotImplementedError
 
     def dense(self) -> Tensor:

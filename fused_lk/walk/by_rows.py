@@ -63,6 +63,9 @@ def logit_rows(
 ) -> LogitRows:
     """The logits of draft and target for a chunk's pairs and a block of columns, in tiles or where they lie."""
     z = draft.fill(plan.layout, chunk, h, columns, tiles.z)
+    if problem.target.tiles.restricts_draft:
+        of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
+        problem.target.tiles.restrict(z, pairs if of_pairs is None else of_pairs[pairs], columns)
     t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
     scales = (1.0 / problem.draft_temperature, 1.0 / problem.target.temperature)
     return LogitRows(z, t, index, None, *scales, columns.start)

@@ -87,7 +87,7 @@ class Facts:
         k, tensors, pairs = problem.num_sources, problem.tensors, problem.pairs
         x, target = tensors[0], problem.target.tiles
         every_row = pairs.valid is None
-        unit = not problem.linear and all(y.stride(-1) == 1 for y in tensors[:k])
+        unit = not problem.linear and all(y.stride(-1) == 1 for y in tensors[:k]) and not target.restricts_draft
         in_place = (unit and every_row and pairs.draft_rows is None, target.in_place and every_row)
         return cls(
             pairs=pairs,
