@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import eager, exactness, gate, parity, report
+from bench import eager, exactness, gate, parity, report, truncation
 from bench.gemm_floor import FLOORS, floors
 from bench.providers import PROVIDERS, Provider, available, clear_gradients
 from bench.shapes import LARGE, SERIES, SHAPES, SMALL, make_inputs, series, tiny
@@ -216,3 +217,24 @@ def test_gradients_are_cleared():
     eager.specforge(inputs).backward()
     clear_gradients(inputs)
     assert all(x.grad is None for x in inputs.leaves)
+
+
+def test_truncation_is_what_the_readme_says():
+    """Its table, row for row; and the laws that its prose states."""
+    readme = (truncation.DATA.parents[2] / "README.md").read_text()
+    table = re.search(r"^\| draft and target \| k \|.*?\n\n", readme, re.MULTILINE | re.DOTALL)[0]
+    printed = [[x.strip() for x in line.split("|")[2:-1]] for line in table.splitlines()[2:-1]]
+    measured = []
+    for logits in (truncation.smollm2(), truncation.zipf()):
+        *of_k, full = [truncation.measure("", *logits, k) for k in (*truncation.SIZES, None)]
+        assert all(full.alpha - (1 - row.mass) <= row.alpha <= full.alpha for row in of_k)
+        measured += [*of_k, full]
+    for (k, *shown), row in zip(printed, measured, strict=True):
+        assert k == str(row.k or "all")
+        for text, value in zip(shown, row[2:], strict=True):
+            assert abs(float(text) - value) <= 0.5001 * 10 ** -len(text.partition(".")[2]), (k, text, value)
+    _, target = truncation.smollm2()
+    same = truncation.measure("", target, target, 16)
+    log_mass = target.log_softmax(-1).topk(16).values.logsumexp(-1)
+    assert same.kl == pytest.approx(-log_mass.mean().item())
+    assert (same.kl_restricted, same.alpha_restricted) == pytest.approx((0.0, 1.0))

@@ -22,7 +22,13 @@ def training_step():
     torch.manual_seed(0)
     vocab = fused_lk.DraftVocab(torch.arange(9) % 3 > 0)
     hidden = torch.randn(3, 2, 3, 4, requires_grad=True)
+    logits = torch.randn(2, 3, 9)
     return {
+        "token_ids": logits.topk(4).indices,
+        "logits": logits.topk(4).values,
+        "log_probs": logits.log_softmax(-1).topk(4).values,
+        "logits_lse": (logits / 0.8).logsumexp(-1),
+        "vocab": vocab,
         "torch": torch,
         "F": F,
         "fused_lk": fused_lk,

@@ -240,6 +240,7 @@ def test_a_draft_restricted_to_the_top_k(impl, dtype, renormalize):
     dense = Dense(dtype)
     ids, values = ragged_top_k(dense.logits.log_softmax(-1), 6, torch.Generator().manual_seed(1))
     ids[1, 2] = -1
+    ids[1, 3] = (~dense.t2d).nonzero()[: ids.shape[-1], 0]  # none that the draft has
     options = {"renormalize": renormalize}
     target = Target.from_topk(ids, values, dense.vocab, restrict_draft=True, **options)
     log_p = reference.topk_log_probs(ids, values.double(), FULL, dense.t2d, **options)
@@ -250,7 +251,7 @@ def test_a_draft_restricted_to_the_top_k(impl, dtype, renormalize):
     answered = (log_p != NEG_INF).any(-1)
     ((d.kl - torch.where(answered, d.log_acceptance, 0)) * weights).sum().backward()
     assert torch.equal(leaf.detach(), before)
-    assert not answered[1, 2]
+    assert not answered[1, 2:4].any()
     assert d.log_acceptance[~answered].eq(NEG_INF).all()
     loose = 1e-9 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 1e-5
     for i in map(tuple, answered.nonzero().tolist()):
@@ -264,6 +265,8 @@ def test_a_draft_restricted_to_the_top_k(impl, dtype, renormalize):
         assert not leaf.grad[i][~left].any()
         assert d.draft_token_ids[i] == dense.vocab.target_ids[left.nonzero()[z.argmax(), 0]]
     assert not leaf.grad[~answered].any()
+    unrestricted = dense.vocab.target_ids[dense.draft_logits.argmax(-1)]
+    assert torch.equal(d.draft_token_ids[~answered], unrestricted[~answered])
 
 
 def test_two_values_of_one_token():

@@ -180,6 +180,11 @@ class Target:
         twice, as engines append the token that was sampled: it counts once, and of two values that differ within
         rounding the larger counts. A row that lists nothing has a target without an answer.
 
+        Truncation changes the loss. Where the listed tokens have the mass m, alpha is too low by at most 1 - m, and a
+        draft that equals its target has a KL of -log m. On a real model with k = 16 (m = 0.946 on average) alpha is
+        0.285 in place of 0.311, and KL 3.07 in place of 2.91; with p and q both renormalised they are 0.446 and 1.93
+        (`python -m bench.truncation`).
+
         Args:
             token_ids: int64 or int32 `[..., k]`, target ids in any order, or -1.
             log_probs: `[..., k]`, any float dtype.
