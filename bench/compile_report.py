@@ -36,7 +36,7 @@ from fused_lk.kernels import launch
 from torch import Tensor
 
 from fused_lk import gemm
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, accumulation_dtype
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform, accumulation_dtype
 from fused_lk.walk.plan import empty_statistics
 
 from . import machine_code, offline
@@ -152,9 +152,9 @@ def launcher(case: Case) -> Callable[[], None]:
     index = torch.zeros(ROWS, dtype=torch.long) if "index" in case.options else None
     if case.kernel == "lse_argmax":
         inside = torch.zeros(size, dtype=torch.bool) if "mass" in case.options else None
-        return lambda: launch.lse_argmax(logits[0], 1 / 0.7, inside, vector, vector, out.draft_argmax)
+        return lambda: launch.lse_argmax(logits[0], Transform(1 / 0.7), inside, vector, vector, out.draft_argmax)
     normalizer = Normalizer(vector, False, 0.0) if "normalizer" in case.options else None
-    rows = LogitRows(logits[0], logits[1], index, normalizer, 1 / 0.7, 1.0)
+    rows = LogitRows(logits[0], logits[1], index, normalizer, Transform(1 / 0.7), Transform())
     if case.kernel == "row_stats":
         return lambda: launch.stats(rows, terms, out)
     into = logits[0] if logits[2].dtype == logits[0].dtype else logits[2]

@@ -32,9 +32,7 @@ def _without_autocast(answer: Callable[..., Any]) -> Callable[..., Any]:
 @_without_autocast
 def divergences(problem: Problem) -> Divergences:
     rows = _Rows(problem)
-    log_acceptance, kl = reference.masked_divergences(
-        rows.draft_logits, rows.log_p, rows.weights > 0, problem.draft_temperature
-    )
+    log_acceptance, kl = reference.masked_divergences(rows.draft_logits, rows.log_p, rows.weights > 0)
     acceptance = torch.where(rows.weights > 0, log_acceptance.exp(), 0)
     return Divergences(*(x.view(problem.shape) for x in (log_acceptance, kl, acceptance, rows.draft_ids)))
 
@@ -65,7 +63,6 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
         num_positions=num_positions,
         position_decay=options.position_decay,
         reduction=options.reduction,
-        draft_temperature=problem.draft_temperature,
     )
     out = answer(kl_weight=kl_weight, denominator=denominator)
     if group is not None:  # once more, with what all ranks together have
@@ -112,6 +109,8 @@ class _Rows:
         if problem.linear:
             weight, *bias = (reference.promote(x) for x in problem.tensors[k:])
             self.draft_logits = F.linear(self.draft_logits, weight, *bias)
+        transform = problem.transform
+        self.draft_logits = reference.head_logits(self.draft_logits, transform.gain, transform.softcap)
         self.weights, self.target_rows, self.positions = problem.pairs.dense(problem.num_rows, problem.device)
         self.weights = self.weights.to(problem.accumulator)
         self.log_p = target.dense_log_probs()[self.target_rows]

@@ -139,6 +139,23 @@ def number(
     return float(value)
 
 
+def softmax(name: str, temperature: Any, logit_scale: Any, softcap: Any) -> tuple[float, float | None]:
+    """`(scale, inner)` of a softmax over the logits z of a head: it sees `scale * tanh(inner * z)`, without a softcap
+    `scale * z` (inner is None). `name` is what the temperature is called.
+
+    The logit scale comes first, then the softcap, then the temperature. Sources, of Hugging Face transformers:
+    modeling_gemma2.py (`final_logit_softcapping`), modeling_cohere.py (`logits * logit_scale`), modeling_granite.py
+    (`logits / logits_scaling`); for the order of the first two SGLang's LogitsProcessor.
+    """
+    temperature = number(name, temperature, above=0)
+    remedy = "A model that divides its logits by d has logit_scale=1/d."
+    logit_scale = number("logit_scale", logit_scale, above=0, remedy=remedy)
+    if softcap is None:
+        return logit_scale / temperature, None
+    softcap = number("softcap", softcap, above=0, remedy="Leave it out, or None, for a model that does not cap.")
+    return softcap / temperature, logit_scale / softcap
+
+
 def integer(name: str, value: Any, *, minimum: int = 1, expected: str = "", remedy: str = "") -> int:
     """`value`, Python's or NumPy's, as an int `>= minimum`."""
     expected = expected or f"{name} to be a positive int" if minimum == 1 else f"{name} to be an int >= {minimum}"

@@ -25,6 +25,8 @@ def lk_divergences(
     target: Target,
     *,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     draft_temperature: float = 1.0,
     mask: Tensor | None = None,
     pairs: Pairs | None = None,
@@ -36,7 +38,7 @@ def lk_divergences(
 
     Full logits never exist.
 
-        q = softmax(h W^T / draft_temperature)      p = the target on the draft vocabulary
+        q = softmax(f(h W^T) / draft_temperature)   p = the target on the draft vocabulary
         log_acceptance = log sum_v min(p_v, q_v)    kl = KL(pt || q),  pt = p renormalised
 
     Args:
@@ -45,7 +47,9 @@ def lk_divergences(
         draft_lm_head_weight: `[V_draft, H]`, of the same dtype. Under `torch.autocast` both are cast, as by `F.linear`.
         target: what the draft is scored against; see `Target`.
         bias: optional `[V_draft]`.
-        draft_temperature: > 0; it divides the draft's logits.
+        logit_scale, softcap: what the model does to the logits z of its head, both > 0. They become `logit_scale * z`,
+            and with a softcap `softcap * tanh(logit_scale * z / softcap)`. A target has its own, in its `TargetHead`.
+        draft_temperature: > 0; it divides the draft's logits, after that.
         mask: bool, integers 0 and 1, or float weights >= 0, of shape `[...]`. Rows of 0 are ignored. (Weights do not
             scale the primitive.)
         pairs: a `Pairs`, instead of `mask`. It says which draft row is scored against which row of the flattened
@@ -66,7 +70,7 @@ def lk_divergences(
 
     Source: arXiv 2602.23881.
     """
-    how = (mask, pairs, draft_temperature, impl, workspace_mb)
+    how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
     asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how)
     return _by(asked).divergences(asked)
 
@@ -82,6 +86,8 @@ def lk_divergences_from_logits(
     workspace_mb: float | str = "auto",
 ) -> Divergences:
     """`lk_divergences` of logits `[..., V_draft]` that the caller holds.
+
+    They are those that the softmax sees, with any scale or softcap of the head applied.
 
     The logits exist already, so this function cannot avoid them. It avoids the softmaxes that eager code makes of them.
     The gradient has the size and dtype of the logits. The logits themselves are never written.
@@ -108,6 +114,8 @@ def lk_loss(
     denominator: float | Tensor | None = None,
     group: Any = None,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     draft_temperature: float = 1.0,
     impl: str = "auto",
     plan: str = "auto",
@@ -161,7 +169,7 @@ def lk_loss(
     options = LossOptions(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
-    how = (mask, pairs, draft_temperature, impl, workspace_mb)
+    how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
     asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how)
     return _by(asked).loss(asked, options, plan)
 

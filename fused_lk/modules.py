@@ -21,9 +21,8 @@ class LKLoss(nn.Module):
     """`lk_loss` with options that are given, and checked, once. The module holds no parameters.
 
     Args:
-        objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group,
-        draft_temperature,
-        impl, plan, workspace_mb, logits_dtype: as in `fused_lk.lk_loss`.
+        objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group, logit_scale,
+        softcap, draft_temperature, impl, plan, workspace_mb, logits_dtype: as in `fused_lk.lk_loss`.
 
     Raises:
         TypeError, ValueError: an option is unknown or out of range. The call checks what depends on the batch.
@@ -41,6 +40,8 @@ class LKLoss(nn.Module):
         reduction: str = "mean",
         denominator: float | Tensor | None = None,
         group: Any = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
         draft_temperature: float = 1.0,
         impl: str = "auto",
         plan: str = "auto",
@@ -55,8 +56,11 @@ class LKLoss(nn.Module):
         checks.choice("plan", plan, PLANS)
         checks.workspace_bytes(workspace_mb)
         checks.wide_logits(logits_dtype)
+        checks.softmax("draft_temperature", draft_temperature, logit_scale, softcap)
         self.call_options: dict[str, Any] = {
-            "draft_temperature": checks.number("draft_temperature", draft_temperature, above=0),
+            "logit_scale": checks.scalar(logit_scale),
+            "softcap": checks.scalar(softcap),
+            "draft_temperature": checks.scalar(draft_temperature),
             "impl": impl,
             "plan": plan,
             "workspace_mb": checks.scalar(workspace_mb),

@@ -25,6 +25,18 @@ def promote(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def head_logits(z: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """What a model makes of the product `z` of its head: `logit_scale * z`, and its softcap, of the same shape.
+
+    Cohere has a scale, Granite the scale 1 / logits_scaling, Gemma 2 and 4 a softcap. The temperature comes after. A
+    token whose logit is -inf cannot be drawn, with a cap neither.
+    """
+    logits = logit_scale * promote(z)
+    if softcap is None:
+        return logits
+    return torch.where(logits == NEG_INF, NEG_INF, softcap * torch.tanh(logits / softcap))
+
+
 def target_log_probs(
     target_logits: Tensor, t2d: Tensor | None = None, temperature: float = 1.0, renormalize: bool = False
 ) -> Tensor:

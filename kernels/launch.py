@@ -15,7 +15,16 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from fused_lk import checks
-from fused_lk.rows.interface import EXCESS, TERMS, LogitRows, RowLoss, RowStats, accumulation_dtype, tie_width
+from fused_lk.rows.interface import (
+    EXCESS,
+    TERMS,
+    LogitRows,
+    RowLoss,
+    RowStats,
+    Transform,
+    accumulation_dtype,
+    tie_width,
+)
 
 from . import autotune
 from .lse_argmax import lse_argmax_kernel
@@ -84,11 +93,11 @@ def check_device(device: torch.device) -> None:
 
 
 def lse_argmax(
-    x: Tensor, scale: float, inside: Tensor | None, lse: Tensor, log_mass: Tensor | None, argmax: Tensor
+    x: Tensor, transform: Transform, inside: Tensor | None, lse: Tensor, log_mass: Tensor | None, argmax: Tensor
 ) -> None:
-    """Write logsumexp(scale * x), and the lowest index of the maximum, of each row of `x` `[n, V]`.
+    """Write logsumexp(s), and the lowest index of the maximum, of each row of `x` `[n, V]`, with s = `transform` of x.
 
-    With `inside` (bool `[V]`), also `log_mass` = log sum of softmax(scale * x) over the columns inside.
+    With `inside` (bool `[V]`), also `log_mass` = log sum of softmax(s) over the columns inside.
     """
     x = _unit_columns(x)
     acc = accumulation_dtype(x)
@@ -96,7 +105,7 @@ def lse_argmax(
         "lse_argmax",
         x.shape,
         _widest(acc, x),
-        (x, x.stride(0), _vector(inside), lse, log_mass, argmax, x.shape[1], *_two_floats(scale)),
+        (x, x.stride(0), _vector(inside), lse, log_mass, argmax, x.shape[1], *_numbers(transform)),
         {"ACC": _triton_dtype(acc)},
     )
 
@@ -114,7 +123,7 @@ def stats(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> None:
             None if normalizer is None else _vector(normalizer.value),
             *_of_stats(out),
             *(out.draft_argmax, out.target_argmax, z.shape[1]),
-            *(*_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
+            *(*_numbers(rows.z_transform), *_numbers(rows.t_transform)),
             0.0 if normalizer is None else normalizer.rounding,
         ),
         {"IS_MASS": normalizer is not None and normalizer.is_mass, "EXCESS": EXCESS, **_constants(terms, acc)},
@@ -145,7 +154,7 @@ def gradient(rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values:
         (
             *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(rows.t_index)),
             *(*_of_stats(stats), d_values, d_values.stride(0), stats.draft_argmax),
-            *(z.shape[1], rows.first_column, *_two_floats(rows.z_scale), *_two_floats(rows.t_scale)),
+            *(z.shape[1], rows.first_column, *_numbers(rows.z_transform), *_numbers(rows.t_transform)),
         ),
         _constants(terms, acc),
         by_columns=True,
@@ -200,6 +209,12 @@ def _context(device: torch.device) -> contextlib.AbstractContextManager:
 def _warp_size() -> int:
     """Threads of a warp on the current device: 32, or 64 on AMD's data centre cards."""
     return driver.active.get_current_target().warp_size
+
+
+def _numbers(transform: Transform) -> tuple[float | None, ...]:
+    """The scale and the inner scale of a softcap, which is compiled out where this is None."""
+    inner = transform.inner
+    return (*_two_floats(transform.scale), *((None, None) if inner is None else _two_floats(inner)))
 
 
 def _two_floats(value: float) -> tuple[float, float]:

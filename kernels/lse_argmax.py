@@ -3,17 +3,17 @@
 import triton
 import triton.language as tl
 
-from .online_softmax import LOWEST, full_scale, join, load_logits, log1p, update_argmax
+from .online_softmax import LOWEST, capped, full_scale, join, load_logits, log1p, update_argmax
 
 
 @triton.jit
 def _next(
-    x_ptr, inside_ptr, start, lanes, n_cols, scale,
+    x_ptr, inside_ptr, start, lanes, n_cols, scale, inner,
     top, rest, at, outer_top, outer_rest, outer_at, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One more tile. With a subset the first three are of the columns inside, the last three of those outside."""
     offs_v = start + lanes
-    x = load_logits(x_ptr, offs_v, n_cols, MASKED, top.dtype)
+    x = capped(load_logits(x_ptr, offs_v, n_cols, MASKED, top.dtype), inner)
     if inside_ptr is not None:
         if MASKED:
             inside = tl.load(inside_ptr + offs_v, mask=offs_v < n_cols, other=0) != 0
@@ -38,14 +38,18 @@ def _next(
 
 @triton.jit(do_not_specialize_on_alignment=["lse_ptr", "log_mass_ptr", "argmax_ptr"])
 def lse_argmax_kernel(
-    x_ptr, x_row_stride, inside_ptr, lse_ptr, log_mass_ptr, argmax_ptr, n_cols, scale_high, scale_low,
+    x_ptr, x_row_stride, inside_ptr, lse_ptr, log_mass_ptr, argmax_ptr, n_cols,
+    scale_high, scale_low, inner_high, inner_low,
     ACC: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: logsumexp(scale * x), the lowest index of the maximum, and with `inside` the log of the
-    share of the columns that it marks."""
+    """One program per row: logsumexp(scale * f(x)), the lowest index of the maximum, and with `inside` the log of
+    the share of the columns that it marks. f is tanh(inner * x), or nothing without `inner`."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row_stride
     scale = full_scale(scale_high, scale_low, ACC)
+    inner = inner_high
+    if inner_high is not None:
+        inner = full_scale(inner_high, inner_low, ACC)
     lanes = tl.arange(0, BLOCK_V)
 
     top = tl.full([BLOCK_V], LOWEST, ACC)
@@ -55,12 +59,12 @@ def lse_argmax_kernel(
     whole = n_cols // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
         top, rest, at, outer_top, outer_rest, outer_at = _next(
-            x_ptr, inside_ptr, start, lanes, n_cols, scale,
+            x_ptr, inside_ptr, start, lanes, n_cols, scale, inner,
             top, rest, at, outer_top, outer_rest, outer_at, False,
         )  # fmt: skip
     if whole < n_cols:
         top, rest, at, outer_top, outer_rest, outer_at = _next(
-            x_ptr, inside_ptr, whole, lanes, n_cols, scale,
+            x_ptr, inside_ptr, whole, lanes, n_cols, scale, inner,
             top, rest, at, outer_top, outer_rest, outer_at, True,
         )  # fmt: skip
 

@@ -29,6 +29,31 @@ def load_logits(x_ptr, offs_v, n_cols, MASKED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def capped(x, inner):
+    """tanh(inner * x) to a few units in its last place, the softcap; `x` itself without `inner`. -inf stays -inf.
+
+    A rational function below 0.625 (S. Moshier, Cephes, tanh.c), where 1 - 2 / (exp(2 |x|) + 1) loses its digits.
+    """
+    if inner is not None:
+        y = x * inner
+        square = y * y
+        above = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square - 1.61468768441708447952e3
+        below = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square
+        small = y + y * (square * (above / (below + 4.84406305325125486048e3)))
+        large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(y)) + 1.0)
+        y = tl.where(tl.abs(y) < 0.625, small, tl.where(y < 0, -large, large))
+        x = tl.where(x == float("-inf"), float("-inf"), y)
+    return x
+
+
+@triton.jit
+def slope(x, inner):
+    """1 - tanh(inner * x)^2, all its digits also where tanh is near 1: with y = 1 / (exp(2 |x|) + 1), 4 y (1 - y)."""
+    y = 1.0 / (tl.exp(2.0 * tl.abs(x * inner)) + 1.0)
+    return 4.0 * y * (1.0 - y)
+
+
+@triton.jit
 def full_scale(high, low, ACC: tl.constexpr):
     """A float64 number that came as two float32 (Triton has no other kind of float argument)."""
     return tl.full([], high, ACC) + tl.full([], low, ACC)

@@ -1,6 +1,6 @@
 """The gradient of each row with respect to its draft logits, from its statistics (see `row_stats` for the legend).
 
-    sum over the terms of d_value * (c - sigma q), times z_scale
+    sum over the terms of d_value * (c - sigma q), times z_scale; under a softcap times z_inner (1 - tanh^2), too
 
 All of q, pt, w r and sigma lie in [0, 1]. log r is at most 0 before it is exponentiated: where w = 0, r may overflow,
 and 0 * inf is NaN. Rows without an answer (target_top = -inf) get exact zeros, whatever their coefficients hold.
@@ -9,20 +9,20 @@ and 0 * inf is NaN. Rows without an answer (target_top = -inf) get exact zeros, 
 import triton
 import triton.language as tl
 
-from .online_softmax import full_scale, load_logits, log_prob, tie_ramp
+from .online_softmax import capped, full_scale, load_logits, log_prob, slope, tie_ramp
 
 
 @triton.jit
 def _block(
-    z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale,
+    z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner,
     draft_top, draft_log_total, target_top, target_log_total, log_mass, log_alpha, supported,
     of_q, d_log_alpha, d_kl, top_column, of_top,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one row: of_q * q and d * c of each term, and of_top in the maximum's column."""
     z = load_logits(z_ptr, offs_v, n_cols, MASKED, of_q.dtype)
-    t = load_logits(t_ptr, offs_v, n_cols, MASKED, of_q.dtype)
-    log_q = log_prob(z, draft_top, draft_log_total, z_scale)
+    t = capped(load_logits(t_ptr, offs_v, n_cols, MASKED, of_q.dtype), t_inner)
+    log_q = log_prob(capped(z, z_inner), draft_top, draft_log_total, z_scale)
     log_pt = log_prob(t, target_top, target_log_total, t_scale)
     gradient = of_q * tl.exp(log_q)
     if LOG_ACCEPTANCE >= 0:
@@ -33,6 +33,8 @@ def _block(
     if KL >= 0:
         gradient -= d_kl * tl.exp(log_pt)
     gradient = tl.where(offs_v == top_column, of_top, gradient)
+    if z_inner is not None:
+        gradient *= slope(z, z_inner)
     gradient = tl.where(supported, gradient, 0.0)
     if gradient_ptr.dtype.element_ty == tl.bfloat16:  # Triton's interpreter does not cast float64 to it
         gradient = gradient.to(tl.float32)
@@ -61,7 +63,8 @@ def row_grad_kernel(
     z_ptr, z_row_stride, t_ptr, t_row_stride, gradient_ptr, gradient_row_stride, t_index_ptr,
     base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
     d_values_ptr, d_values_stride, draft_argmax_ptr,
-    n_cols, first_column, z_scale_high, z_scale_low, t_scale_high, t_scale_low,
+    n_cols, first_column,
+    z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, ACC: tl.constexpr, TIE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block of columns. `gradient_ptr` may be `z_ptr`: each element is read, then written."""
@@ -75,6 +78,14 @@ def row_grad_kernel(
     gradient_ptr += row * gradient_row_stride
     z_scale = full_scale(z_scale_high, z_scale_low, ACC)
     t_scale = full_scale(t_scale_high, t_scale_low, ACC)
+    z_inner, t_inner = z_inner_high, t_inner_high
+    if z_inner_high is not None:
+        z_inner = full_scale(z_inner_high, z_inner_low, ACC)
+    if t_inner_high is not None:
+        t_inner = full_scale(t_inner_high, t_inner_low, ACC)
+    gain = z_scale
+    if z_inner is not None:
+        gain = z_scale * z_inner
 
     base_ptr += row
     base_stride = base_stride.to(tl.int64)
@@ -97,24 +108,24 @@ def row_grad_kernel(
         log_alpha = tl.load(values_ptr + row + LOG_ACCEPTANCE * values_stride.to(tl.int64))
         possible = log_alpha != float("-inf")
         log_alpha = tl.where(possible, log_alpha, 0.0)
-        d_log_alpha = tl.load(d_values_ptr + LOG_ACCEPTANCE * d_values_stride).to(ACC) * z_scale
+        d_log_alpha = tl.load(d_values_ptr + LOG_ACCEPTANCE * d_values_stride).to(ACC) * gain
         d_log_alpha = tl.where(possible, d_log_alpha, 0.0)
         of_q, of_top = _add_term(of_q, of_top, d_log_alpha, saved_ptr + LOG_ACCEPTANCE * term_stride, saved_stride)
     if KL >= 0:
-        d_kl = tl.load(d_values_ptr + KL * d_values_stride).to(ACC) * z_scale
+        d_kl = tl.load(d_values_ptr + KL * d_values_stride).to(ACC) * gain
         of_q, of_top = _add_term(of_q, of_top, d_kl, saved_ptr + KL * term_stride, saved_stride)
     top_column = (tl.load(draft_argmax_ptr + row) - first_column).to(tl.int32)
 
     offs_v = start + tl.arange(0, BLOCK_V)
     if start + BLOCK_V <= n_cols:
         _block(
-            z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, draft_top, draft_log_total, target_top,
-            target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_kl, top_column, of_top,
+            z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
+            target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_kl, top_column, of_top,
             LOG_ACCEPTANCE, KL, False, TIE,
         )  # fmt: skip
     else:
         _block(
-            z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, draft_top, draft_log_total, target_top,
-            target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_kl, top_column, of_top,
+            z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
+            target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_kl, top_column, of_top,
             LOG_ACCEPTANCE, KL, True, TIE,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The statistics of each row: everything that its gradient needs, and what the caller reads.
 
-One row holds draft logits z and target logits t over the draft vocabulary; scales are 1/temperature:
+One row holds draft logits z and target logits t over the draft vocabulary; scales are logit_scale / temperature. Under
+a softcap z and t stand for tanh(z_inner * z), tanh(t_inner * t):
 
     log q  = z_scale * (z - draft_top)  - draft_log_total        log p = log pt + log_mass
     log pt = t_scale * (t - target_top) - target_log_total
@@ -27,6 +28,7 @@ import triton.language as tl
 
 from .online_softmax import (
     LOWEST,
+    capped,
     expm1,
     full_scale,
     join,
@@ -40,10 +42,11 @@ from .online_softmax import (
 
 @triton.jit
 def _first_pass(
-    z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_top, z_rest, z_at, t_top, t_rest, t_at, MASKED: tl.constexpr
-):
-    z = load_logits(z_ptr, start + lanes, n_cols, MASKED, z_top.dtype)
-    t = load_logits(t_ptr, start + lanes, n_cols, MASKED, z_top.dtype)
+    z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_inner, t_inner,
+    z_top, z_rest, z_at, t_top, t_rest, t_at, MASKED: tl.constexpr,
+):  # fmt: skip
+    z = capped(load_logits(z_ptr, start + lanes, n_cols, MASKED, z_top.dtype), z_inner)
+    t = capped(load_logits(t_ptr, start + lanes, n_cols, MASKED, z_top.dtype), t_inner)
     z_top, z_rest, z_at = update_argmax(z_top, z_rest, z_at, z, start, z_scale)
     t_top, t_rest, t_at = update_argmax(t_top, t_rest, t_at, t, start, t_scale)
     return z_top, z_rest, z_at, t_top, t_rest, t_at
@@ -51,12 +54,13 @@ def _first_pass(
 
 @triton.jit
 def _second_pass(
-    z_ptr, t_ptr, offs_v, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass, z_column,
+    z_ptr, t_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top, t_log_total,
+    log_mass, z_column,
     top, alpha, sigma, kl,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
-    z = load_logits(z_ptr, offs_v, n_cols, MASKED, top.dtype)
-    t = load_logits(t_ptr, offs_v, n_cols, MASKED, top.dtype)
+    z = capped(load_logits(z_ptr, offs_v, n_cols, MASKED, top.dtype), z_inner)
+    t = capped(load_logits(t_ptr, offs_v, n_cols, MASKED, top.dtype), t_inner)
     log_q = log_prob(z, z_top, z_log_total, z_scale)
     log_pt = log_prob(t, t_top, t_log_total, t_scale)
     if LOG_ACCEPTANCE >= 0:
@@ -99,7 +103,8 @@ def row_stats_kernel(
     z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr,
     base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
     draft_argmax_ptr, target_argmax_ptr,
-    n_cols, z_scale_high, z_scale_low, t_scale_high, t_scale_low, rounding,
+    n_cols, z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
+    rounding,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, IS_MASS: tl.constexpr,
     ACC: tl.constexpr, TIE: tl.constexpr, EXCESS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -113,6 +118,11 @@ def row_stats_kernel(
     t_ptr += t_row * t_row_stride
     z_scale = full_scale(z_scale_high, z_scale_low, ACC)
     t_scale = full_scale(t_scale_high, t_scale_low, ACC)
+    z_inner, t_inner = z_inner_high, t_inner_high
+    if z_inner_high is not None:
+        z_inner = full_scale(z_inner_high, z_inner_low, ACC)
+    if t_inner_high is not None:
+        t_inner = full_scale(t_inner_high, t_inner_low, ACC)
     lanes = tl.arange(0, BLOCK_V)
     whole = n_cols // BLOCK_V * BLOCK_V
 
@@ -122,12 +132,14 @@ def row_stats_kernel(
     t_top, t_rest, t_at = z_top, z_rest, z_at
     for start in range(0, whole, BLOCK_V):
         z_top, z_rest, z_at, t_top, t_rest, t_at = _first_pass(
-            z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_top, z_rest, z_at, t_top, t_rest, t_at, False
-        )
+            z_ptr, t_ptr, start, lanes, n_cols, z_scale, t_scale, z_inner, t_inner,
+            z_top, z_rest, z_at, t_top, t_rest, t_at, False,
+        )  # fmt: skip
     if whole < n_cols:
         z_top, z_rest, z_at, t_top, t_rest, t_at = _first_pass(
-            z_ptr, t_ptr, whole, lanes, n_cols, z_scale, t_scale, z_top, z_rest, z_at, t_top, t_rest, t_at, True
-        )
+            z_ptr, t_ptr, whole, lanes, n_cols, z_scale, t_scale, z_inner, t_inner,
+            z_top, z_rest, z_at, t_top, t_rest, t_at, True,
+        )  # fmt: skip
     z_top, z_rest, z_column = join(z_top, z_rest, z_at, lanes, z_scale)
     t_top, t_rest, t_column = join(t_top, t_rest, t_at, lanes, t_scale)
     z_rest = tl.where(z_top > LOWEST, z_rest, float("nan"))  # a draft that can say nothing
@@ -161,18 +173,18 @@ def row_stats_kernel(
     sigma, kl = alpha, alpha
     for start in range(0, whole, BLOCK_V):
         top, alpha, sigma, kl = _second_pass(
-            z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass,
-            z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, False, TIE,
+            z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top,
+            t_log_total, log_mass, z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, False, TIE,
         )  # fmt: skip
     if whole < n_cols:
         top, alpha, sigma, kl = _second_pass(
-            z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_top, z_log_total, t_top, t_log_total, log_mass,
-            z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, True, TIE,
+            z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top,
+            t_log_total, log_mass, z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, True, TIE,
         )  # fmt: skip
 
     # The column of the draft's maximum.
     log_q = -z_log_total
-    log_pt = log_prob(tl.load(t_ptr + z_column.to(tl.int64)).to(ACC), t_top, t_log_total, t_scale)
+    log_pt = log_prob(capped(tl.load(t_ptr + z_column.to(tl.int64)).to(ACC), t_inner), t_top, t_log_total, t_scale)
     not_q = z_rest / (1.0 + z_rest)
 
     nan = tl.where(broken, float("nan"), 0.0).to(ACC)

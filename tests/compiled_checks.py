@@ -19,7 +19,7 @@ from fused_lk.kernels import autotune, launch
 import fused_lk
 from bench import compile_report as report
 from bench import machine_code, offline
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform
 from fused_lk.walk.plan import empty_statistics
 
 ARCHS = [arch for arch, card in offline.CARDS.items() if card.since <= offline.TRITON]
@@ -119,8 +119,8 @@ def launch_all(n, size, at=0):
     z, t = tile(n, size), tile(n, size)
     out = empty_statistics(n + at, TERMS, FP32, z.device, True).rows(at, n + at)
     vector, index = torch.zeros(n + at)[at:], torch.zeros(n + at, dtype=torch.long)[at:]
-    launch.lse_argmax(z, 1.0, torch.zeros(size, dtype=torch.bool), vector, vector, out.draft_argmax)
-    rows = LogitRows(z, t, index, Normalizer(vector, False, 0.0), 1.0, 0.5, first_column=at)
+    launch.lse_argmax(z, Transform(), torch.zeros(size, dtype=torch.bool), vector, vector, out.draft_argmax)
+    rows = LogitRows(z, t, index, Normalizer(vector, False, 0.0), Transform(), Transform(0.5), first_column=at)
     launch.stats(rows, TERMS, out)
     launch.gradient(rows, TERMS, out, torch.zeros(len(TERMS), n + at)[:, at:], z)
 

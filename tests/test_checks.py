@@ -196,7 +196,7 @@ def test_numbers_of_numpy(as_numpy):
     assert type(LossOptions(kl_weight=one).kl_weight) is float
     assert LKLoss(**options, workspace_mb=two)(given.hidden, given.weight, given.target).loss.isfinite()
     target = Target.from_logits(given.target_logits, given.vocab, temperature=two)
-    assert type(target.temperature) is float
+    assert type(target.transform.scale) is float
     made = [
         lambda: Pairs(positions=given.positions, num_positions=two),
         lambda: Pairs.ttt(given.mask.view(2, 3) > 0, two, one),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fused_lk import reference
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, RowStats, tie_width
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, RowStats, Transform, tie_width
 
 NAN, NEG_INF = float("nan"), float("-inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,18 +175,19 @@ def test_row_operations(impl, data):
     outputs["gradient"] = guards["z"] if case["in_place"] else matrix(z, 2)
     g = outputs["gradient"].view
 
+    transforms = [Transform(x) for x in scales]
     truth = Truth(z, t, index, normalizer, scales, acc)
     with (
         mock.patch.object(launch, "INTERPRETER_BLOCK_V", case["tile"]),
         mock.patch.object(plain, "BLOCK_ELEMENTS", 2 * size),
     ):
-        ops.stats(LogitRows(view["z"], view["t"], view.get("index"), given, *scales), terms, stats)
+        ops.stats(LogitRows(view["z"], view["t"], view.get("index"), given, *transforms), terms, stats)
         for guard in guards.values():
             guard.assert_untouched()
         for part in torch.arange(size).chunk(case["blocks"]):
             columns = slice(int(part[0]), int(part[-1]) + 1)
             block = LogitRows(
-                view["z"][:, columns], view["t"][:, columns], view.get("index"), None, *scales, columns.start
+                view["z"][:, columns], view["t"][:, columns], view.get("index"), None, *transforms, columns.start
             )
             ops.gradient(block, terms, stats, view["d_values"], g[:, columns])
 
@@ -236,7 +237,14 @@ def test_lse_argmax(impl, data, share):
         mock.patch.object(plain, "BLOCK_ELEMENTS", 2 * x.shape[1]),
     ):
         marks = None if inside is None else inside.to(DEVICE)
-        OPS[impl].lse_argmax(source.fill(x), scale, marks, lse.view, None if inside is None else mass.view, argmax.view)
+        OPS[impl].lse_argmax(
+            source.fill(x),
+            Transform(scale),
+            marks,
+            lse.view,
+            None if inside is None else mass.view,
+            argmax.view,
+        )
     source.assert_untouched()
     lse.assert_guards_hold()
     mass.assert_guards_hold()

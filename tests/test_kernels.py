@@ -9,12 +9,13 @@ import torch
 from fused_lk.kernels import launch
 
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform
 from fused_lk.walk.plan import empty_statistics
 
 NEG_INF = float("-inf")
 DEVICE = torch.get_default_device().type
 SCALES = (1 / 0.7, 1 / 1.3)
+TRANSFORMS = tuple(Transform(scale) for scale in SCALES)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -92,7 +93,7 @@ def run(ops, z, t, index, normalizer, acc, terms=TERMS):
     d = torch.linspace(0.5, 1.5, n, dtype=acc, device=DEVICE)
     d = torch.stack([{"log_acceptance": d, "kl": 2 - d}[name] for name in terms])
     loss = Loss(d, ((t if index is None else t[index]) == NEG_INF).all(1))
-    ops.stats_and_gradient(LogitRows(z, t, index, normalizer, *SCALES), terms, out, loss, g)
+    ops.stats_and_gradient(LogitRows(z, t, index, normalizer, *TRANSFORMS), terms, out, loss, g)
     for x in whole:
         for end in (x[..., 0], x[..., -1]):
             assert end.isnan().all() if x.is_floating_point() else end == -7
@@ -139,7 +140,7 @@ def test_kernels_agree_with_their_twin(dtype, size, has_index, has_normalizer):
     # a block of columns at a time, written over z itself
     whole = g.clone()
     for start in range(0, size, 700):
-        block = LogitRows(z[:, start : start + 700], t[:, start : start + 700], index, None, *SCALES, start)
+        block = LogitRows(z[:, start : start + 700], t[:, start : start + 700], index, None, *TRANSFORMS, start)
         launch.gradient(block, TERMS, out, d_values, block.z)
     assert torch.equal(z, whole)
 
@@ -159,7 +160,7 @@ def test_a_term_is_the_same_without_the_others(size, ops, monkeypatch):
         for name, x in named(out, terms).items():
             torch.testing.assert_close(x, of_all[name], msg=lambda m, name=name: f"{name}: {m}")
         again = torch.empty_like(z)
-        ops.gradient(LogitRows(z, t, None, None, *SCALES), terms, out, d_values, again)
+        ops.gradient(LogitRows(z, t, None, None, *TRANSFORMS), terms, out, d_values, again)
         torch.testing.assert_close(again, gradients[terms])
     torch.testing.assert_close(gradients.pop(TERMS[::-1]), g)
     torch.testing.assert_close(sum(gradients.values()), g)
@@ -176,7 +177,7 @@ def test_blocks_of_few_columns(ops):
     again = torch.empty_like(z)
     for start in range(0, 8, 4):
         columns = slice(start, start + 4)
-        block = LogitRows(z[:, columns], t[:, columns], None, None, *SCALES, start)
+        block = LogitRows(z[:, columns], t[:, columns], None, None, *TRANSFORMS, start)
         ops.gradient(block, TERMS, out, d_values, again[:, columns])
     torch.testing.assert_close(again, g)
 
@@ -192,7 +193,7 @@ def test_lse_argmax(dtype, size):
         for ops in (launch, plain):
             lse, mass = torch.full((2, 6), float("nan"), dtype=acc, device=DEVICE)
             at = torch.full((6,), -7, device=DEVICE)
-            ops.lse_argmax(x, SCALES[0], inside, lse, None if inside is None else mass, at)
+            ops.lse_argmax(x, TRANSFORMS[0], inside, lse, None if inside is None else mass, at)
             results.append((lse, mass[:-1], at))  # the last row is -inf alone: its mass means nothing
         assert torch.equal(results[0][2], results[1][2])
         rtol = 1e-12 if acc == torch.float64 else 1e-5
@@ -210,7 +211,7 @@ def test_an_argmax_that_ties_inside_and_outside():
     for ops in (launch, plain):
         lse, mass, at = torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE), torch.zeros(2, dtype=torch.long)
         at = at.to(DEVICE)
-        ops.lse_argmax(x, 1.0, inside, lse, mass, at)
+        ops.lse_argmax(x, Transform(), inside, lse, mass, at)
         assert at.tolist() == [1, 0]
 
 
@@ -226,7 +227,7 @@ def test_disjoint_rows_keep_their_gradient():
 def test_ties_have_half_weight():
     z = torch.randn(1, 1031, device=DEVICE)
     _, out = poisoned_stats(1, torch.float32)
-    launch.stats(LogitRows(z, z.clone(), None, None, 1.0, 1.0), TERMS, out)
+    launch.stats(LogitRows(z, z.clone(), None, None, Transform(), Transform()), TERMS, out)
     assert named(out)["sigma of log_acceptance"].item() == pytest.approx(0.5, rel=0, abs=1e-6)
 
 
@@ -236,10 +237,10 @@ def test_columns_that_are_not_adjacent_and_no_rows():
     got, g, _ = run(launch, apart, t.t().contiguous().t(), None, None, torch.float64)
     _want, expected, d_values = run(launch, z, t, None, None, torch.float64)
     assert torch.equal(g, expected)
-    launch.gradient(LogitRows(apart, t, None, None, *SCALES), TERMS, got, d_values, apart)
+    launch.gradient(LogitRows(apart, t, None, None, *TRANSFORMS), TERMS, got, d_values, apart)
     assert torch.equal(apart, expected)
     empty = empty_statistics(0, TERMS, torch.float64, z.device, True)
-    launch.stats(LogitRows(z[:0], t[:0], None, None, *SCALES), TERMS, empty)
+    launch.stats(LogitRows(z[:0], t[:0], None, None, *TRANSFORMS), TERMS, empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

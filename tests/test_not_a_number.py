@@ -12,7 +12,7 @@ from fused_lk.kernels import launch
 import fused_lk
 from fused_lk import gemm
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer
+from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform
 from fused_lk.walk.plan import empty_statistics
 
 NAN, INF = float("nan"), float("inf")
@@ -75,9 +75,11 @@ def test_it_reaches_each_term_alone(ops, terms):
     value[2] -= 3
     z[3, 7] = t[4, 7] = NAN
     out = empty_statistics(5, terms, torch.float32, z.device, False)
-    ops.stats(LogitRows(z, t, None, Normalizer(value, False, 0.0), 1.0, 1.0), terms, out)
+    ops.stats(LogitRows(z, t, None, Normalizer(value, False, 0.0), Transform(), Transform()), terms, out)
     gradient = torch.empty_like(z)
-    ops.gradient(LogitRows(z, t, None, None, 1.0, 1.0), terms, out, torch.ones_like(out.values), gradient)
+    ops.gradient(
+        LogitRows(z, t, None, None, Transform(), Transform()), terms, out, torch.ones_like(out.values), gradient
+    )
     for x in (out.values, out.saved, gradient.t()):
         assert x[..., 0].isfinite().all()
         assert x[..., 1:].isnan().all()

@@ -11,7 +11,7 @@ import torch
 from fused_lk.kernels import launch
 
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows
+from fused_lk.rows.interface import TERMS, LogitRows, Transform
 from fused_lk.walk.plan import empty_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +45,7 @@ def test_rows_further_apart_than_32_bits(far, far_apart):
         into[far] = place(into[far])
         out = empty_statistics(ROWS, TERMS, torch.float32, z.device, False)
         ones = torch.ones(len(TERMS), ROWS, device=DEVICE)
-        rows = LogitRows(into["z"], into["t"], None, None, 1.0, 1.0)
+        rows = LogitRows(into["z"], into["t"], None, None, Transform(), Transform())
         ops.stats(rows, TERMS, out)
         ops.gradient(rows, TERMS, out, ones, into["gradient"])
         results.append([*out[:-1], into["gradient"].clone()])
@@ -56,6 +56,6 @@ def test_rows_further_apart_than_32_bits(far, far_apart):
 def test_log_sum_exp_of_rows_further_apart_than_32_bits(far_apart):
     x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     lse, argmax = torch.zeros(ROWS, device=DEVICE), torch.zeros(ROWS, dtype=torch.long, device=DEVICE)
-    launch.lse_argmax(far_apart(x), 1.0, None, lse, None, argmax)
+    launch.lse_argmax(far_apart(x), Transform(), None, lse, None, argmax)
     torch.testing.assert_close(lse, x.float().logsumexp(1))
     assert torch.equal(argmax, x.argmax(1))

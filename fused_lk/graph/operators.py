@@ -21,7 +21,7 @@ from ..objective import Objective
 from ..opaque import opaque
 from ..pairs.layout import Layout
 from ..pairs.pairs import Pairs
-from ..rows.interface import Normalizer, RowStats
+from ..rows.interface import Normalizer, RowStats, Transform
 from ..targets.target import Target
 from ..walk import by_rows
 from ..walk.draft import near_unit_scale
@@ -32,11 +32,11 @@ from . import autograd
 # A `Problem` as operators take it: the tensors first. `_flat` and `_problem` go there and back.
 _PROBLEM = (
     "Tensor[] draft, Tensor[] target, Tensor? normalizer, Tensor? valid, Tensor? target_rows, int num_sources, "
-    "bool linear, ScalarType? logits_dtype, float draft_temperature, str target_kind, int target_vocab_size, "
-    "float target_temperature, bool is_mass, float rounding, bool skip_masked, str impl, int? budget, bool[] needs, "
+    "bool linear, ScalarType? logits_dtype, float draft_scale, float? draft_inner, "
+    "str target_kind, int target_vocab_size, float target_scale, float? target_inner, bool is_mass, float rounding, bool skip_masked, str impl, int? budget, bool[] needs, "
     "bool finds_target_argmax"
 )
-_NUM_ARGUMENTS, _NUM_TENSORS, _NEEDS = 19, 5, 17
+_NUM_ARGUMENTS, _NUM_TENSORS, _NEEDS = 21, 5, 19
 
 
 def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
@@ -47,21 +47,20 @@ def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
     sources = [x.reshape(-1, x.shape[-1]) for x in problem.tensors[:k]]
     return (
         *([*sources, *problem.tensors[k:]], list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows),
-        *(k, problem.linear, problem.logits_dtype, problem.draft_temperature),
-        *(tiles.kind, tiles.vocab_size, target.temperature, normalizer.is_mass, normalizer.rounding),
+        *(k, problem.linear, problem.logits_dtype, *problem.transform),
+        *(tiles.kind, tiles.vocab_size, *target.transform, normalizer.is_mass, normalizer.rounding),
         *(problem.pairs.skip_masked, problem.impl, problem.budget, list(problem.needs), problem.finds_target_argmax),
     )
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
-    draft, target_tensors, value, valid, target_rows, k, linear, logits_dtype, draft_temperature = arguments[:9]
-    kind, size, temperature, is_mass, rounding, skip_masked, impl, budget, needs, finds_argmax = arguments[9:]
-    target = Target.rebuilt(
-        kind, target_tensors, size, temperature, None if value is None else Normalizer(value, is_mass, rounding)
-    )
+    draft, target_tensors, value, valid, target_rows, k, linear, logits_dtype, *transform = arguments[:10]
+    kind, size, *of_target, is_mass, rounding, skip_masked, impl, budget, needs, finds_argmax = arguments[10:]
+    normalizer = None if value is None else Normalizer(value, is_mass, rounding)
+    target = Target.rebuilt(kind, target_tensors, size, Transform(*of_target), normalizer)
     pairs = Pairs(valid, target_rows, skip_masked=skip_masked)
     shape = (sum(x.shape[0] for x in draft[:k]),)
-    given = (tuple(draft), k, linear, logits_dtype, draft_temperature)
+    given = (tuple(draft), k, linear, logits_dtype, Transform(*transform))
     return Problem(*given, target, pairs, shape, impl, budget, tuple(needs), finds_argmax)
 
 

@@ -1,8 +1,9 @@
 """What the row operations read and write. PyTorch (`rows.plain`) and Triton (`kernels.launch`) carry them out.
 
-A row holds draft logits z and target logits t on the draft vocabulary. Scales are 1/temperature. Two numbers normalise
-each side: its largest logit, and the log of the sum of exponentials relative to it. One number, their sum, would lose
-its digits as soon as the logits share a large offset:
+A row holds draft logits z and target logits t on the draft vocabulary. Scales are logit_scale / temperature; under a
+softcap z and t stand for tanh of the logits (see `Transform`). Two numbers normalise each side: its largest logit, and
+the log of the sum of exponentials relative to it. One number, their sum, would lose its digits as soon as the logits
+share a large offset:
 
     log q  = z_scale * (z - draft_top)  - draft_log_total             (q = draft, p = target)
     log pt = t_scale * (t - target_top) - target_log_total            (p renormalised on the draft vocabulary)
@@ -45,6 +46,28 @@ NEG_INF = float("-inf")
 EXCESS = 0.01  # in log: what a sum of probabilities may exceed 1 by, beside the rounding of its terms
 
 
+class Transform(NamedTuple):
+    """From the logits z that a head makes to those that its softmax sees: `scale * f(z)`, with f(z) = z, or
+    `tanh(inner * z)` under a softcap. `checks.softmax` makes both numbers of a caller's options.
+
+    Row operations take the row's largest f off before they multiply. So a common offset of z costs no digit, but under
+    a softcap it is no offset any more. A logit of -inf is a token that cannot be drawn: f(-inf) = -inf, cap or not.
+    """
+
+    scale: float = 1.0
+    inner: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """The derivative at z = 0. Elsewhere a softcap multiplies it by 1 - tanh^2."""
+        return self.scale if self.inner is None else self.scale * self.inner
+
+    @property
+    def softcap(self) -> float | None:
+        """The largest magnitude that the softmax may see."""
+        return None if self.inner is None else self.scale
+
+
 class Normalizer(NamedTuple):
     """How the target's probabilities on the draft vocabulary are normalised, per row.
 
@@ -80,8 +103,8 @@ class LogitRows(NamedTuple):
     t: Tensor
     t_index: Tensor | None
     normalizer: Normalizer | None
-    z_scale: float
-    t_scale: float
+    z_transform: Transform
+    t_transform: Transform
     first_column: int = 0
 
     def rows(self, start: int, stop: int) -> LogitRows:

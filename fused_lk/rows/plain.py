@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .interface import NEG_INF, LogitRows, RowLoss, RowStats, accumulation_dtype, tie_width
+from .interface import NEG_INF, LogitRows, RowLoss, RowStats, Transform, accumulation_dtype, tie_width
 
 # Elements of one block of rows. 2**20 float32 are 4 MiB a buffer, 24 MiB a block. Larger ones fall out of a server's
 # shared cache, smaller ones pay more for dispatch. V = 32,000, 2 threads, at 2**18, 2**19, 2**20, 2**21: AMD EPYC 2.1,
@@ -31,19 +31,20 @@ FLOOR = -1e30
 
 
 def lse_argmax(
-    x: Tensor, scale: float, inside: Tensor | None, lse: Tensor, log_mass: Tensor | None, argmax: Tensor
+    x: Tensor, transform: Transform, inside: Tensor | None, lse: Tensor, log_mass: Tensor | None, argmax: Tensor
 ) -> None:
-    """Write logsumexp(scale * x), and the lowest index of the maximum, of each row of `x` `[n, V]`.
+    """Write logsumexp(s), and the lowest index of the maximum, of each row of `x` `[n, V]`, with s = `transform` of x.
 
-    With `inside` (bool `[V]`), also write `log_mass` = log sum of softmax(scale * x) over the columns inside. It comes
-    from both sums, inside and outside, so that a share near 1 keeps the digits of what it lacks.
+    With `inside` (bool `[V]`), also write `log_mass` = log sum of softmax(s) over the columns inside. It comes from
+    both sums, inside and outside, so that a share near 1 keeps the digits of what it lacks.
     """
-    acc = accumulation_dtype(x)
+    acc, scale, inner = accumulation_dtype(x), transform.scale, transform.inner
     for start, stop in _blocks(x):
-        row = x[start:stop].to(acc)
+        own = torch.empty_like(x[start:stop], dtype=acc)
+        row = _capped(_load(x[start:stop], None, own), inner, own)
         top, at = _argmax(row)
         argmax[start:stop] = at
-        row = _centred(row, top, scale, torch.empty_like(row) if x.dtype == acc else row)
+        row = _centred(row, top, scale, own)
         probs = torch.softmax(row, 1)
         lse[start:stop] = torch.where(top == NEG_INF, top, scale * top - _at(probs, at).log())
         if inside is not None and log_mass is not None:
@@ -99,7 +100,7 @@ class _Factors(NamedTuple):
 
     @classmethod
     def of(cls, rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values: Tensor) -> _Factors:
-        d_values = torch.where(stats.supported, d_values * rows.z_scale, 0.0)
+        d_values = torch.where(stats.supported, d_values * rows.z_transform.gain, 0.0)
         sigma, top = (stats.saved * d_values).sum(1)
         of_terms = [TERM_OF[name].factor(*x) for name, *x in zip(terms, stats.values, d_values, strict=True)]
         column = stats.draft_argmax - rows.first_column
@@ -135,8 +136,9 @@ class _Block:
         self.tie = tie_width(self.of_z.dtype)
         self.z_top, self.z_log_total, self.t_top, self.t_log_total, mass = self.out.base.unbind(0)
         self.log_mass: Tensor | None = mass
-        self.z = _load(self.rows.z, None, self.of_z)
-        self.t = _load(self.rows.t, self.rows.t_index, self.of_t)
+        self.z = _capped(_load(self.rows.z, None, self.of_z), self.rows.z_transform.inner, self.of_z)
+        t = _load(self.rows.t, self.rows.t_index, self.of_t)
+        self.t = _capped(t, self.rows.t_transform.inner, self.of_t)
         self.terms = []
         for name, value, sigma, top in zip(terms, self.out.values, *self.out.saved, strict=True):
             term = TERM_OF[name]
@@ -187,9 +189,14 @@ class _Block:
         for x, factor in zip(columns[:-1], of_terms[:-1], strict=True):
             total.addcmul_(x, factor)
         into = gradient_out if gradient_out.dtype == total.dtype else total
+        inner = self.rows.z_transform.inner
+        # Before the gradient is written, perhaps over the logits. Nobody needs the centred ones any more.
+        of_cap = None if inner is None else _slope(_load(self.rows.z, None, self.of_z), inner, self.of_z)
         torch.addcmul(total, columns[-1], of_terms[-1], out=into)
         column, inside = factors.column.unsqueeze(1), factors.inside.unsqueeze(1)
         into.scatter_(1, column, torch.where(inside, top, into.gather(1, column)))
+        if of_cap is not None:
+            into.mul_(of_cap)
         if self.unsupported is not None:
             into.masked_fill_(self.unsupported.unsqueeze(1), 0.0)
         if into is total:
@@ -200,8 +207,8 @@ class _Block:
         self.unsupported: Tensor | None = self.t_top == NEG_INF
         if not _any(self.unsupported):
             self.unsupported = None
-        self.z = _centred(self.z, self.z_top, self.rows.z_scale, self.of_z)
-        self.t = _centred(self.t, self.t_top, self.rows.t_scale, self.of_t)
+        self.z = _centred(self.z, self.z_top, self.rows.z_transform.scale, self.of_z)
+        self.t = _centred(self.t, self.t_top, self.rows.t_transform.scale, self.of_t)
 
     @cached_property
     def q(self) -> Tensor:
@@ -236,7 +243,7 @@ class _Block:
         if normalizer is None:
             out.zero_()
             return None
-        given, t_scale = normalizer.value.to(out.dtype), self.rows.t_scale
+        given, t_scale = normalizer.value.to(out.dtype), self.rows.t_transform.scale
         out.copy_(given if normalizer.is_mass else (t_scale * self.t_top - given) + self.t_log_total)
         if self.unsupported is not None:
             out.masked_fill_(self.unsupported, 0.0)
@@ -435,6 +442,19 @@ def _load(x: Tensor, index: Tensor | None, buffer: Tensor) -> Tensor:
     if index is None:
         return x if x.dtype == buffer.dtype else buffer.copy_(x)
     return torch.index_select(x, 0, index, out=buffer) if x.dtype == buffer.dtype else buffer.copy_(x[index])
+
+
+def _capped(z: Tensor, inner: float | None, out: Tensor) -> Tensor:
+    """f(z): tanh(inner * z) in `out`, which may be `z`; `z` itself without a cap."""
+    if inner is None:
+        return z
+    impossible = z == NEG_INF
+    return torch.mul(z, inner, out=out).tanh_().masked_fill_(impossible, NEG_INF)
+
+
+def _slope(z: Tensor, inner: float, out: Tensor) -> Tensor:
+    """1 - tanh(inner * z)^2 in `out`, as 1 / cosh^2. This keeps its digits where tanh is near 1."""
+    return torch.mul(z, inner, out=out).cosh_().square_().reciprocal_()
 
 
 def _centred(x: Tensor, top: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -19,12 +19,27 @@ class TargetHead:
         lm_head_weight: `[V_target, H_target]`; detached, it never receives a gradient.
         vocab: the draft vocabulary; None: both models share one vocabulary (nothing is copied).
         bias: optional `[V_target]`.
+        logit_scale, softcap: what the model does to the logits of this head, both > 0:
+            `logit_scale * z`, and with a softcap `softcap * tanh(logit_scale * z / softcap)`.
+
+    Rows of the weight that are no tokens (padding) would have a share of p. Pass a view without them,
+    `weight[:vocab_size]` and `bias[:vocab_size]`.
 
     The slice is a copy: make a new head after the weight has changed. Under `torch.autocast` so is the whole head, if
     it is of another dtype; the copy is made once and kept.
     """
 
-    def __init__(self, lm_head_weight: Tensor, vocab: DraftVocab | None = None, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        lm_head_weight: Tensor,
+        vocab: DraftVocab | None = None,
+        bias: Tensor | None = None,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        checks.softmax("temperature", 1.0, logit_scale, softcap)
+        self.logit_scale, self.softcap = logit_scale, softcap
         lm_head_weight, bias = checks.weight_here(lm_head_weight), checks.weight_here(bias)
         checks.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=checks.FLOATS)
         checks.not_empty("lm_head_weight", lm_head_weight, vocabulary=0, hidden_size=1)
@@ -56,13 +71,16 @@ class TargetHead:
         return kept
 
 
-def as_head(head: Any, vocab: DraftVocab | None, bias: Tensor | None) -> TargetHead:
-    """A `TargetHead` as it is, or the head of a bare weight with its vocabulary and bias."""
+def as_head(
+    head: Any, vocab: DraftVocab | None, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> TargetHead:
+    """A `TargetHead` as it is, or the head of a bare weight with its vocabulary, bias and options."""
     if isinstance(head, Tensor):
-        return TargetHead(head, vocab, bias)
+        return TargetHead(head, vocab, bias, logit_scale=logit_scale, softcap=softcap)
     if not isinstance(head, TargetHead):
         remedy = checks.instead(head, "Build TargetHead(weight, vocab).")
         checks.fail("head to be a TargetHead or a weight tensor", head, remedy, TypeError)
-    if vocab is not None or bias is not None:
-        checks.fail("vocab and bias inside the TargetHead", "them beside it", "Pass them to TargetHead.")
+    if not (vocab is None and bias is None and logit_scale == 1.0 and softcap is None):
+        expected = "vocab, bias, logit_scale and softcap inside the TargetHead"
+        checks.fail(expected, "one of them beside it", "Pass them to TargetHead.")
     return head

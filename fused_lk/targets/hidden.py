@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks, gemm
 from ..impls import row_ops
 from ..opaque import opaque
-from ..rows.interface import Normalizer, accumulation_dtype
+from ..rows.interface import Normalizer, Transform, accumulation_dtype
 from .head import TargetHead
 from .logits import LogitsTiles, unwritten
 from .tiles import Made, Tiles, flat_constant, flat_ids, given_normalizer
@@ -46,7 +46,7 @@ def of_hidden(
     log_normalizer: Tensor | None,
     token_ids: Tensor | None,
     cache: bool,
-    temperature: float,
+    transform: Transform,
     renormalize: bool,
     impl: str,
     budget: int | None,
@@ -82,9 +82,8 @@ def of_hidden(
     checks.finite_rows("hidden", rows, counted=flat_mask)
 
     t2d, draft_ids = (None, None) if head.vocab is None else (head.vocab.t2d, head.vocab.target_ids)
-    stream = partial(
-        stream_hidden, rows, head.weight, head.bias, flat_mask, t2d, draft_ids, 1.0 / temperature, impl, budget, exact
-    )
+    how = (*transform, impl, budget, exact)
+    stream = partial(stream_hidden, rows, head.weight, head.bias, flat_mask, t2d, draft_ids, *how)
     find = None
     # Over a shared vocabulary a walk finds the normaliser and the argmax in the tiles that it makes anyway.
     if cache or (head.vocab is not None and normalizer is None and not (renormalize and ids is not None)):
@@ -100,15 +99,17 @@ def of_hidden(
 
 
 @opaque(
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, float scale, "
-    "str impl, int? budget, bool exact, bool cache) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, "
+    "float scale, float? inner, str impl, int? budget, bool exact, bool cache) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, impl, budget, exact, cache):
+def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, impl, budget, exact, cache):
     """`(logsumexp, argmax, log_mass, cached)` of each row of `hidden @ weight.T + bias`, a workspace at a time.
 
+    Between the product and the softmax lies `Transform(scale, inner)`.
+
     The first three are those of `stream_logits`. Rows outside `mask` are not computed: they are NaN, -1, NaN and 0.
-    With `cache`, `cached` holds the columns `cached_ids` (None: all) of the same logits, with a padded row stride.
-    Otherwise it has no rows. `exact` logits are the products' own float32 results.
+    With `cache`, `cached` holds the columns `cached_ids` (None: all) of the same logits, as the product made them, with
+    a padded row stride. Otherwise it has no rows. `exact` logits are the products' own float32 results.
     """
     rows = None if mask is None else mask.nonzero().squeeze(1)
     count = hidden.shape[0] if rows is None else rows.shape[0]
@@ -116,7 +117,7 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, impl, budg
     results = [lse, argmax] if t2d is None else [lse, argmax, log_mass]
     for x in results:
         x.fill_(float("nan") if x.is_floating_point() else -1)
-    ops = row_ops(impl, hidden.device)
+    ops, transform = row_ops(impl, hidden.device), Transform(scale, inner)
     step = gemm.rows_of_a_tile(weight.shape[0], count, cached.itemsize, hidden.device, budget)
     tile = gemm.tile(step, weight.shape[0], cached.dtype, hidden.device)
     for start in range(0, count, step):
@@ -125,7 +126,7 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, impl, budg
         logits = tile[: stop - start]
         gemm.linear_into(logits, hidden[at], weight, bias)
         found = [torch.empty_like(x[start:stop]) for x in results]
-        ops.lse_argmax(logits, scale, t2d, found[0], None if t2d is None else found[2], found[1])
+        ops.lse_argmax(logits, transform, t2d, found[0], None if t2d is None else found[2], found[1])
         for x, of_rows in zip(results, found, strict=True):
             x[at] = of_rows
         if cache:
@@ -134,7 +135,7 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, impl, budg
 
 
 @stream_hidden.register_fake
-def _(hidden, weight, bias, mask, t2d, cached_ids, scale, impl, budget, exact, cache):
+def _(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, impl, budget, exact, cache):
     return _unwritten(hidden, weight, t2d, cached_ids, exact, cache)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..impls import IMPLS, row_ops
 from ..opaque import opaque
-from ..rows.interface import Normalizer, accumulation_dtype
+from ..rows.interface import Normalizer, Transform, accumulation_dtype
 from .tiles import Made, Tiles
 from .vocab import DraftVocab, check_vocab
 
@@ -39,7 +39,7 @@ class LogitsTiles(Tiles):
             t.copy_(self.logits[rows.unsqueeze(1), self.target_ids[columns]])
 
 
-def of_logits(logits: Tensor, vocab: DraftVocab | None, temperature: float, impl: str) -> Made:
+def of_logits(logits: Tensor, vocab: DraftVocab | None, transform: Transform, impl: str) -> Made:
     """The target of `Target.from_logits`."""
     checks.choice("impl", impl, IMPLS)
     checks.tensor("logits", logits, min_ndim=1, dtypes=checks.FLOATS)
@@ -47,7 +47,7 @@ def of_logits(logits: Tensor, vocab: DraftVocab | None, temperature: float, impl
     checks.not_empty("logits", logits, vocabulary=-1)
     checks.finite_rows("logits", logits, logits=True)
     check_vocab(vocab, logits.shape[-1], "logits")
-    shape, rows, scale = logits.shape[:-1], logits.detach().reshape(-1, logits.shape[-1]), 1.0 / temperature
+    shape, rows, scale = logits.shape[:-1], logits.detach().reshape(-1, logits.shape[-1]), transform.scale
     if vocab is None:
         tiles = LogitsTiles((rows,), rows.shape[1])
         return Made(tiles, shape, None, find=partial(stream_logits, rows, None, scale, impl))
@@ -65,7 +65,9 @@ def stream_logits(logits: Tensor, t2d: Tensor | None, scale: float, impl: str) -
     It comes from the very logits of the logsumexp, so that p never sums to more than 1.
     """
     lse, argmax, log_mass = unwritten(logits, t2d)
-    row_ops(impl, logits.device).lse_argmax(logits, scale, t2d, lse, None if t2d is None else log_mass, argmax)
+    row_ops(impl, logits.device).lse_argmax(
+        logits, Transform(scale), t2d, lse, None if t2d is None else log_mass, argmax
+    )
     return lse, argmax, log_mass
 
 

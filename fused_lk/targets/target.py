@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import checks
 from ..impls import IMPLS
-from ..rows.interface import NEG_INF, Normalizer
+from ..reference import head_logits
+from ..rows.interface import NEG_INF, Normalizer, Transform
 from .head import TargetHead, as_head
 from .hidden import HiddenTiles, of_hidden
 from .logits import LogitsTiles, of_logits
@@ -37,7 +38,7 @@ class Target:
         shape: the leading shape of what was given. Flattened, it has `num_tokens` rows.
         draft_vocab_size: the size of the vocabulary that the draft's logits must have.
         device, dtype: where its logits are, and what they are computed in.
-        log_normalizer: `[...]`, logsumexp over the full target vocabulary of logits / temperature (0 for probabilities,
+        log_normalizer: `[...]`, logsumexp over the full target vocabulary of what its softmax sees (0 for probabilities,
             and for top-k without one; NaN for rows that `mask` leaves out).
         token_ids: int64 `[...]`, the target's argmax as target ids, -1 where it was given as not known; None where it
             was neither given nor computed.
@@ -47,11 +48,11 @@ class Target:
     or probabilities that inference mode made are copied once, when the recompute plan first needs them in a backward.
     """
 
-    def __init__(self, made: Made, temperature: float, renormalize: bool) -> None:
+    def __init__(self, made: Made, transform: Transform, renormalize: bool) -> None:
         self.tiles, self.shape, self.vocab = made.tiles, tuple(made.shape), made.vocab
         self.device, self.dtype = made.tiles.device, made.tiles.dtype
         self.num_tokens, self.draft_vocab_size = made.tiles.num_rows, made.tiles.vocab_size
-        self.temperature, self.renormalize, self.computed = temperature, renormalize, made.computed
+        self.transform, self.renormalize, self.computed = transform, renormalize, made.computed
         # What a walk takes: `[num_tokens]`, or None where p is the softmax of the tile.
         self.normalizer = None if renormalize else made.normalizer
         # The argmax as target ids, `[num_tokens]`, or None: then a walk looks for it, if it can be found at all.
@@ -67,11 +68,11 @@ class Target:
 
     @classmethod
     def rebuilt(
-        cls, kind: str, tensors: Sequence[Tensor], vocab_size: int, temperature: float, normalizer: Normalizer | None
+        cls, kind: str, tensors: Sequence[Tensor], vocab_size: int, transform: Transform, normalizer: Normalizer | None
     ) -> Target:
         """The target of a walk: one whose tiles have this `kind`, these `tensors()` and this `vocab_size`."""
         tiles = KINDS[kind](tensors, vocab_size)
-        return cls(Made(tiles, (tiles.num_rows,), None, normalizer), temperature, False)
+        return cls(Made(tiles, (tiles.num_rows,), None, normalizer), transform, False)
 
     @staticmethod
     def from_hidden(
@@ -84,6 +85,8 @@ class Target:
         *,
         vocab: DraftVocab | None = None,
         bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
         temperature: float = 1.0,
         renormalize: bool = False,
         impl: str = "auto",
@@ -98,7 +101,8 @@ class Target:
 
         Args:
             hidden: `[..., H_target]`, of the head's dtype (under `torch.autocast` both are cast, as by `F.linear`).
-            head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=` and `bias=`.
+            head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=`, `bias=`,
+                `logit_scale=` and `softcap=`.
             mask: optional `[...]`: bool, integers 0 and 1, or float weights >= 0. Rows with False or 0 are not
                 computed and may not be used by any pair.
             log_normalizer, token_ids: optional `[...]`, if known (from an inference engine): then no pass is made.
@@ -106,7 +110,8 @@ class Target:
                 counts as wrong in accuracy, and as outside the draft vocabulary.
             cache: keep the draft-vocabulary logits of that same pass, `[rows, V_draft]`: no second target GEMM, at
                 that much memory (the one place where full logits exist).
-            temperature: of the target's softmax, > 0.
+            logit_scale, softcap: of a bare weight; see `TargetHead`.
+            temperature: of the target's softmax, > 0. It divides what `logit_scale` and `softcap` leave of the logits.
             renormalize: score alpha against p renormalised on the draft vocabulary (vLLM speculators).
             impl: "auto", "triton" or "torch", and workspace_mb: as in `lk_loss`, for the pass.
             logits_dtype: as in `lk_loss`, for the target's logits, wherever they are made.
@@ -117,12 +122,11 @@ class Target:
         checks.choice("impl", impl, IMPLS)
         budget, cache = checks.workspace_bytes(workspace_mb), checks.flag("cache", cache)
         exact = checks.wide_logits(logits_dtype) is not None
-        temperature, renormalize = _softmax(temperature, renormalize)
-        head = as_head(head, vocab, bias)
-        made = of_hidden(
-            hidden, head, mask, log_normalizer, token_ids, cache, temperature, renormalize, impl, budget, exact
-        )
-        return Target(made, temperature, renormalize)
+        head = as_head(head, vocab, bias, logit_scale, softcap)
+        transform, renormalize = _softmax(temperature, renormalize, head.logit_scale, head.softcap)
+        how = (transform, renormalize, impl, budget, exact)
+        made = of_hidden(hidden, head, mask, log_normalizer, token_ids, cache, *how)
+        return Target(made, transform, renormalize)
 
     @staticmethod
     def from_logits(
@@ -135,10 +139,11 @@ class Target:
     ) -> Target:
         """A target from its logits `[..., V_target]`, read in place; -inf entries are tokens it cannot produce.
 
-        Over a shared vocabulary (`vocab=None`) they are the draft vocabulary's logits already.
+        They are the logits that the model returns: any scale or softcap of its head has been applied. Over a shared
+        vocabulary (`vocab=None`) they are the draft vocabulary's logits already.
         """
-        temperature, renormalize = _softmax(temperature, renormalize)
-        return Target(of_logits(logits, vocab, temperature, impl), temperature, renormalize)
+        transform, renormalize = _softmax(temperature, renormalize)
+        return Target(of_logits(logits, vocab, transform, impl), transform, renormalize)
 
     @staticmethod
     def from_probs(
@@ -155,8 +160,8 @@ class Target:
         target's argmax as target ids, -1 where it is not known; without it, the argmax on the draft vocabulary stands
         in.
         """
-        temperature, renormalize = _softmax(temperature, renormalize, of_logits=False)
-        return Target(of_probs(probs, vocab, token_ids), temperature, renormalize)
+        transform, renormalize = _softmax_of_probs(temperature, renormalize)
+        return Target(of_probs(probs, vocab, token_ids), transform, renormalize)
 
     @staticmethod
     def from_topk(
@@ -203,10 +208,11 @@ class Target:
                 vocabulary, or a token with two values that differ by more than rounding, 1e-3 (1e-2 in half precision)
                 times 1 + |value| (these two on a device only with FUSED_LK_VALIDATE=1: reading them synchronises).
         """
-        temperature, renormalize = _softmax(temperature, renormalize)
+        transform, renormalize = _softmax(temperature, renormalize)
+        temperature = float(checks.scalar(temperature))
         restrict_draft = checks.flag("restrict_draft", restrict_draft)
         made = of_topk(token_ids, log_probs, vocab, log_normalizer, temperature, renormalize, restrict_draft)
-        return Target(made, temperature, renormalize)
+        return Target(made, transform, renormalize)
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -231,7 +237,7 @@ class Target:
 
     def dense_log_probs(self) -> Tensor:
         """`log p` on the draft vocabulary, `[num_tokens, V_draft]`: full size, for the reference alone."""
-        logits = self.tiles.dense() / self.temperature
+        logits = head_logits(self.tiles.dense(), self.transform.gain, self.transform.softcap)
         supported = (logits != NEG_INF).any(-1)
         log_pt = torch.where(supported.unsqueeze(-1), logits.log_softmax(-1), NEG_INF)
         if (normalizer := self.normalizer) is None:
@@ -271,13 +277,21 @@ class Target:
         return self._found
 
 
-def _softmax(temperature: float, renormalize: bool, *, of_logits: bool = True) -> tuple[float, bool]:
-    """Both options, checked. Where a target does not come `of_logits`, its temperature cannot be changed."""
-    temperature = checks.number("temperature", temperature, above=0)
-    if temperature != 1.0 and not of_logits:
+def _softmax(
+    temperature: float, renormalize: bool, logit_scale: float = 1.0, softcap: float | None = None
+) -> tuple[Transform, bool]:
+    """What lies between logits and softmax, and `renormalize`: both checked."""
+    transform = Transform(*checks.softmax("temperature", temperature, logit_scale, softcap))
+    return transform, checks.flag("renormalize", renormalize)
+
+
+def _softmax_of_probs(temperature: float, renormalize: bool) -> tuple[Transform, bool]:
+    """The same of probabilities, whose temperature cannot be changed."""
+    transform, renormalize = _softmax(temperature, renormalize)
+    if transform.scale != 1.0:
         checks.fail(
             "temperature=1 with probabilities",
-            f"temperature={temperature}",
+            f"temperature={checks.scalar(temperature)}",
             "Probabilities cannot be retempered; use from_logits, from_hidden or from_topk.",
         )
-    return temperature, checks.flag("renormalize", renormalize)
+    return transform, renormalize

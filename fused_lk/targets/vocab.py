@@ -107,4 +107,4 @@ def check_vocab(vocab: Any, size: int | None = None, name: str = "") -> None:
         checks.fail("vocab to be a DraftVocab", vocab, "Build DraftVocab(t2d) from the bool mask.", TypeError)
     if size is not None and vocab.target_size != size:
         expected = f"a DraftVocab over {size} target tokens, as {name} has"
-        checks.fail(expected, vocab, "Pad or trim t2d to the target's vocabulary.")
+        checks.fail(expected, vocab, "Pad t2d with False, or slice padded rows off the head: weight[:vocab_size].")

@@ -67,8 +67,7 @@ def logit_rows(
         of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
         problem.target.tiles.restrict(z, pairs if of_pairs is None else of_pairs[pairs], columns)
     t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
-    scales = (1.0 / problem.draft_temperature, 1.0 / problem.target.temperature)
-    return LogitRows(z, t, index, None, *scales, columns.start)
+    return LogitRows(z, t, index, None, problem.transform, problem.target.transform, columns.start)
 
 
 def _chunks(
@@ -122,7 +121,7 @@ def _check_mass(problem: Problem, plan: Plan, stats: RowStats) -> None:
         return
     given = _normalizer(problem, plan)
     assert given is not None
-    most = given.most_log_mass(given.value, stats.target_top, 1.0 / problem.target.temperature)
+    most = given.most_log_mass(given.value, stats.target_top, problem.target.transform.scale)
     excessive = stats.log_mass > most
     if bool(excessive.any()):
         checks.fail(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks, gemm
 from ..impls import IMPLS
 from ..pairs.pairs import EVERY_ROW, Pairs
-from ..rows.interface import TERMS
+from ..rows.interface import TERMS, Transform
 from ..targets.target import Target
 
 
@@ -25,7 +25,8 @@ class Problem:
         tensors: the draft's sources `[..., H or V]`, then the weight and the bias of a linear draft.
         num_sources, linear: how many sources there are, and whether a head follows them.
         logits_dtype: float32 where the draft's logits keep the float32 of the product; None: they have their own dtype.
-        draft_temperature, target, pairs, impl: as in `lk_loss`.
+        transform: of the draft's logits.
+        target, pairs, impl: as in `lk_loss`.
         shape: the draft's shape without its last dimension. Results per token have it.
         budget: the bound on the logits in bytes; None: the device decides.
         needs: which of `tensors` want a gradient.
@@ -37,7 +38,7 @@ class Problem:
     num_sources: int
     linear: bool
     logits_dtype: torch.dtype | None
-    draft_temperature: float
+    transform: Transform
     target: Target
     pairs: Pairs
     shape: tuple[int, ...]
@@ -115,9 +116,11 @@ def _checked(
     draft_temperature: float,
     impl: str,
     workspace_mb: float | str,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Problem:
     checks.choice("impl", impl, IMPLS)
-    draft_temperature = checks.number("draft_temperature", draft_temperature, above=0)
+    transform = Transform(*checks.softmax("draft_temperature", draft_temperature, logit_scale, softcap))
     budget = checks.workspace_bytes(workspace_mb)
     device = tensors[0].device
     if not isinstance(target, Target):
@@ -125,7 +128,7 @@ def _checked(
         checks.fail("target to be a fused_lk.Target", target, remedy, TypeError)
     tiles = target.tiles
     if tiles.vocab_size != vocab_size:
-        remedy = "Give the target the DraftVocab of this draft head; trim padded rows of the head."
+        remedy = "Give the target the DraftVocab of this draft head; slice padded rows off a head, weight[:vocab_size]."
         checks.fail(
             f"a target on {vocab_size} draft tokens, as the draft has", f"a target on {tiles.vocab_size}", remedy
         )
@@ -144,7 +147,7 @@ def _checked(
         checks.fail(f"pairs on {device}, where the draft is", f"pairs on {pairs.device}", "Build them there.")
     grad = torch.is_grad_enabled()
     needs = tuple(grad and x.requires_grad for x in tensors)
-    given = (tensors, num_sources, is_linear, logits_dtype, draft_temperature)
+    given = (tensors, num_sources, is_linear, logits_dtype, transform)
     made = Problem(*given, target, pairs, shape, impl, budget, needs)
     check_target_rows(pairs, made.num_rows, tiles.num_rows, target.computed)
     if checks.checks_contents(tensors[0], only_if_asked=True):
