@@ -107,8 +107,11 @@ class _Rows:
         rows = [x.reshape(-1, x.shape[-1]) for x in problem.tensors[:k]]
         self.draft_logits = reference.promote(torch.cat(rows))
         if problem.linear:
-            weight, *bias = (reference.promote(x) for x in problem.tensors[k:])
-            self.draft_logits = F.linear(self.draft_logits, weight, *bias)
+            tensors = [reference.promote(x) for x in problem.tensors]
+            self.draft_logits = F.linear(self.draft_logits, *tensors[k : problem.low_rank.start])
+            if second := tensors[problem.low_rank]:
+                u = torch.cat([x.reshape(-1, x.shape[-1]) for x in second[:-1]])
+                self.draft_logits = self.draft_logits + F.linear(u, second[-1])
         transform = problem.transform
         self.draft_logits = reference.head_logits(self.draft_logits, transform.gain, transform.softcap)
         self.weights, self.target_rows, self.positions = problem.pairs.dense(problem.num_rows, problem.device)

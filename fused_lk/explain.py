@@ -27,7 +27,7 @@ class Explanation:
         num_pairs, num_targets: the supervised pairs, and the distinct target rows that they use.
         chunks, chunk_pairs, chunk_targets: how many chunks the walk by rows has, and the size of the largest.
         block_columns: the columns of a block of the walk by vocabulary; None without that walk.
-        draft_gemms: the products of the draft, in units of `[pairs, H] @ [H, V_draft]`.
+        draft_gemms: the products of the draft, in units of `[pairs, H] @ [H, V_draft]` (H + r with `low_rank`).
         target_gemms: the products for the target's logits and for its normaliser, in the same unit.
         gemm_flops: the flops of all these, 2 for a multiplication and an addition.
         floor_flops: the least that anybody can do: each draft product once, the target's logits once per target row,
@@ -86,6 +86,7 @@ def explain(
     *,
     target: str = "hidden",
     target_hidden_size: int | None = None,
+    low_rank: int = 0,
     normalizer_given: bool = False,
     ttt_steps: int = 1,
     masked_share: float = 0.0,
@@ -112,6 +113,7 @@ def explain(
         num_tokens: draft rows of one TTT step.
         hidden_size, target_hidden_size: of the draft, and of the target (default: the same).
         draft_vocab_size, target_vocab_size: default: one shared vocabulary.
+        low_rank: r, the columns of both tensors of `low_rank`, which train as hidden states and head do.
         target: "hidden", "cached" (`cache=True`), "logits", "probs" or "topk".
         normalizer_given: whether a target from hidden states is told its normaliser and argmax.
         ttt_steps: K; row t of step k is scored against target row t + k.
@@ -164,7 +166,7 @@ def explain(
         pairs=pairs,
         num_rows=num_rows,
         num_sources=steps,
-        hidden_size=h,
+        hidden_size=h + checks.integer("low_rank", low_rank, minimum=0),
         vocab_size=vocab,
         dtype=dtype,
         accumulator=gemm.wide_dtype(dtype, of_target),

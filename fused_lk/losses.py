@@ -25,6 +25,7 @@ def lk_divergences(
     target: Target,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     draft_temperature: float = 1.0,
@@ -47,6 +48,9 @@ def lk_divergences(
         draft_lm_head_weight: `[V_draft, H]`, of the same dtype. Under `torch.autocast` both are cast, as by `F.linear`.
         target: what the draft is scored against; see `Target`.
         bias: optional `[V_draft]`.
+        low_rank: optional `(u, M)`: the logits are `h W^T + bias + u M^T`. `u` is `[..., r]`, given as the hidden
+            states are (a list if they are one), and `M` `[V_draft, r]`, both of their dtype. This is the bias of low
+            rank, from the previous token, of DSpark's Markov heads and of Domino. It is never made for all tokens.
         logit_scale, softcap: what the model does to the logits z of its head, both > 0. They become `logit_scale * z`,
             and with a softcap `softcap * tanh(logit_scale * z / softcap)`. A target has its own, in its `TargetHead`.
         draft_temperature: > 0; it divides the draft's logits, after that.
@@ -63,7 +67,8 @@ def lk_divergences(
 
     Returns:
         `Divergences`, in the draft's shape without its last dimension, in fp32 (fp64 for fp64 inputs). Gradients reach
-        `draft_hidden`, `draft_lm_head_weight` and `bias` where these require one. They never reach the target.
+        `draft_hidden`, `draft_lm_head_weight`, `bias` and both of `low_rank` where these require one. They never reach
+        the target.
 
     Raises:
         TypeError, ValueError: the input does not fit. The message says what was expected, what came, and the remedy.
@@ -71,7 +76,7 @@ def lk_divergences(
     Source: arXiv 2602.23881.
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
-    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how)
+    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, low_rank, target, logits_dtype, *how)
     return _by(asked).divergences(asked)
 
 
@@ -114,6 +119,7 @@ def lk_loss(
     denominator: float | Tensor | None = None,
     group: Any = None,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     draft_temperature: float = 1.0,
@@ -170,7 +176,7 @@ def lk_loss(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
     how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
-    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how)
+    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, low_rank, target, logits_dtype, *how)
     return _by(asked).loss(asked, options, plan)
 
 

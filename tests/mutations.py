@@ -48,6 +48,9 @@ NAN = "tests/test_not_a_number.py::test_it_reaches_the_loss[{}]"
 UNREASONABLE = "tests/test_not_a_number.py::test_targets_that_are_no_probabilities[{}]"
 EACH_TERM = "tests/test_not_a_number.py::test_it_reaches_each_term_alone[{}]"
 WITHOUT_ANSWER = "tests/test_not_a_number.py::test_it_stays_out_of_a_row_without_an_answer[{}]"
+HEADS_TORCH, HEADS_TRITON = (f"tests/test_heads.py::test_gradcheck[capped-{x}]" for x in ("torch", "triton"))
+DIGITS_OF_CAP_TRITON = "tests/test_heads.py::test_digits_of_the_cap[torch.float32-triton]"
+IMPOSSIBLE = "tests/test_heads.py::test_a_token_that_cannot_be_drawn_stays_so[{}]"
 ORDER_TORCH, ORDER_TRITON = (
     f"tests/test_kernels.py::test_a_term_is_the_same_without_the_others[37-{x}]" for x in ("torch", "triton")
 )
@@ -311,7 +314,49 @@ WALKS = [
     Mutation("off by one", "fused_lk/reduction.py", "options.position_decay**k", "options.position_decay ** (k + 1)", CALLS),
 ]
 # fmt: on
-TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS]
+HEADS = [
+    Mutation("softcap", "kernels/row_grad.py", "gradient *= slope(z, z_inner)", "gradient *= 1.0", HEADS_TRITON),
+    Mutation("softcap", "kernels/row_grad.py", "gain = z_scale * z_inner", "gain = z_scale * 1.0", HEADS_TRITON),
+    Mutation("softcap", "kernels/online_softmax.py", "tl.abs(y) < 0.625", "tl.abs(y) < 0.0", DIGITS_OF_CAP_TRITON),
+    Mutation(
+        "softcap",
+        "kernels/online_softmax.py",
+        "return 4.0 * y * (1.0 - y)",
+        "return 1.0 - (1.0 - 2.0 * y) * (1.0 - 2.0 * y)",
+        DIGITS_OF_CAP_TRITON,
+    ),
+    Mutation(
+        "softcap",
+        "kernels/online_softmax.py",
+        'x = tl.where(x == float("-inf"), float("-inf"), y)',
+        "x = y",
+        IMPOSSIBLE.format("triton"),
+    ),
+    Mutation("softcap", "fused_lk/rows/plain.py", "into.mul_(of_cap)", "into.mul_(1.0)", HEADS_TORCH),
+    Mutation(
+        "softcap",
+        "fused_lk/rows/plain.py",
+        ".tanh_().masked_fill_(impossible, NEG_INF)",
+        ".tanh_()",
+        IMPOSSIBLE.format("torch"),
+    ),
+    Mutation("softcap", "fused_lk/rows/interface.py", "else self.scale * self.inner", "else self.scale", HEADS_TORCH),
+    Mutation(
+        "low rank",
+        "fused_lk/walk/draft.py",
+        "second.weight[columns].t()",
+        "second.weight[: columns.stop - columns.start].t()",
+        "tests/test_low_rank.py::test_losses_and_gradients[torch-by vocabulary-no bias]",
+    ),
+    Mutation(
+        "low rank",
+        "fused_lk/walk/problem.py",
+        "num_tensors >= 2 * added",
+        "num_tensors > 2 * added",
+        "tests/test_low_rank.py::test_losses_and_gradients[torch-one pass-no bias]",
+    ),
+]
+TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS, *HEADS]
 
 
 def sources(root: Path, mutation: Mutation) -> list[Path]:

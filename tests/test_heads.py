@@ -120,7 +120,7 @@ def test_gradcheck(impl, head):
 def test_digits_of_the_cap(dtype, impl):
     """tanh and 1 - tanh^2 relative to their size, from 1e-30 to where tanh is 1."""
     inner = 1 / 30.0
-    size = torch.logspace(-30, 3.3, 800, dtype=torch.float64).to(dtype)
+    size = torch.logspace(-30, 3.3, 800 if impl == "torch" else 60, dtype=torch.float64).to(dtype)
     z = torch.cat([size, -size, torch.tensor([0.0, 18.75, 18.7499, float("inf")], dtype=dtype)])
     n = len(z)
     # The maximum of a row of one column is its tanh.

@@ -26,15 +26,15 @@ from ..targets.target import Target
 from ..walk import by_rows
 from ..walk.draft import near_unit_scale
 from ..walk.plan import Facts, Plan, empty_statistics
-from ..walk.problem import Problem, check_target_rows
+from ..walk.problem import Problem, check_target_rows, low_rank
 from . import autograd
 
 # A `Problem` as operators take it: the tensors first. `_flat` and `_problem` go there and back.
 _PROBLEM = (
     "Tensor[] draft, Tensor[] target, Tensor? normalizer, Tensor? valid, Tensor? target_rows, int num_sources, "
-    "bool linear, ScalarType? logits_dtype, float draft_scale, float? draft_inner, "
-    "str target_kind, int target_vocab_size, float target_scale, float? target_inner, bool is_mass, float rounding, bool skip_masked, str impl, int? budget, bool[] needs, "
-    "bool finds_target_argmax"
+    "bool linear, ScalarType? logits_dtype, float draft_scale, float? draft_inner, str target_kind, "
+    "int target_vocab_size, float target_scale, float? target_inner, bool is_mass, float rounding, bool skip_masked, "
+    "str impl, int? budget, bool[] needs, bool finds_target_argmax"
 )
 _NUM_ARGUMENTS, _NUM_TENSORS, _NEEDS = 21, 5, 19
 
@@ -44,13 +44,20 @@ def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
     k, target = problem.num_sources, problem.target
     tiles = (target.owned() if saves and target.of_inference_mode else target).tiles
     normalizer = target.normalizer or Normalizer(None, False, 0.0)  # type: ignore[arg-type]
-    sources = [x.reshape(-1, x.shape[-1]) for x in problem.tensors[:k]]
+    has_rows = _has_rows(len(problem.tensors), k)
+    draft = [x.reshape(-1, x.shape[-1]) if rows else x for x, rows in zip(problem.tensors, has_rows, strict=True)]
     return (
-        *([*sources, *problem.tensors[k:]], list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows),
+        *(draft, list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows),
         *(k, problem.linear, problem.logits_dtype, *problem.transform),
         *(tiles.kind, tiles.vocab_size, *target.transform, normalizer.is_mass, normalizer.rounding),
         *(problem.pairs.skip_masked, problem.impl, problem.budget, list(problem.needs), problem.finds_target_argmax),
     )
+
+
+def _has_rows(num_tensors: int, num_sources: int) -> list[bool]:
+    """Which of a draft's tensors have a row per token: its sources, and those of a low-rank product."""
+    second = range(num_tensors)[low_rank(num_tensors, num_sources)][:-1]
+    return [i < num_sources or i in second for i in range(num_tensors)]
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
@@ -146,9 +153,9 @@ def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     *call, weights, _, _, _, _ = arguments
     draft, num_sources = call[0], call[5]
     held = []
-    for i, (x, need) in enumerate(zip(draft, call[_NEEDS], strict=True)):
+    for x, need, rows in zip(draft, call[_NEEDS], _has_rows(len(draft), num_sources), strict=True):
         if need:
-            dtype = x.dtype if i < num_sources else gemm.held_dtype(x.dtype)
+            dtype = x.dtype if rows else gemm.held_dtype(x.dtype)
             held.append(x.new_empty(x.shape, dtype=dtype))
     return weights.new_empty(()), _empty_stats(call), weights.new_empty(1), held
 

@@ -19,7 +19,7 @@ from .. import checks
 from ..objective import Objective
 from ..pairs.layout import Chunk, Layout
 from ..rows.interface import NEG_INF, LogitRows, Normalizer, RowStats
-from .draft import LinearGradients, LogitsGradients, draft_of
+from .draft import GradientsOfDraft, draft_of
 from .plan import Plan, Tiles
 from .problem import Problem
 
@@ -33,7 +33,7 @@ def statistics(problem: Problem, plan: Plan) -> RowStats:
     return out
 
 
-def one_pass(problem: Problem, plan: Plan, loss: Objective) -> tuple[RowStats, LinearGradients | LogitsGradients]:
+def one_pass(problem: Problem, plan: Plan, loss: Objective) -> tuple[RowStats, GradientsOfDraft]:
     """The statistics, and the gradients of `loss`, made from the same tiles."""
     out, ops, draft = plan.empty_statistics(problem), plan.ops, draft_of(problem)
     made, tiles = draft.gradients(plan, problem.needs), _tiles(plan)
@@ -45,9 +45,7 @@ def one_pass(problem: Problem, plan: Plan, loss: Objective) -> tuple[RowStats, L
     return out, made
 
 
-def gradients(
-    problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor, scale: Tensor
-) -> LinearGradients | LogitsGradients:
+def gradients(problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor, scale: Tensor) -> GradientsOfDraft:
     """The gradients of `sum d_values * values`, times `scale` `[1]`."""
     ops, draft = plan.ops, draft_of(problem)
     made, tiles = draft.gradients(plan, problem.needs, scale), _tiles(plan)
@@ -59,7 +57,7 @@ def gradients(
 
 
 def logit_rows(
-    problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Tensor | None, columns: slice, tiles: Tiles
+    problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Any, columns: slice, tiles: Tiles
 ) -> LogitRows:
     """The logits of draft and target for a chunk's pairs and a block of columns, in tiles or where they lie."""
     z = draft.fill(plan.layout, chunk, h, columns, tiles.z)

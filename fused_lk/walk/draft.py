@@ -1,8 +1,8 @@
 """The draft's side of a walk: where its logits come from, and where their gradient goes.
 
-`LinearDraft` makes logits from hidden states and an `lm_head`. `LogitsDraft` has the logits of a caller. Both fill a
-tile with the logits of a chunk of pairs and a block of columns. Both have an object for the gradients, which either
-walk hands the gradient with respect to such a tile.
+`LinearDraft` makes logits from hidden states and an `lm_head`, `LowRankDraft` makes them from two such products, and
+`LogitsDraft` has the logits of a caller. Each fills a tile with the logits of a chunk of pairs and a block of columns.
+Each has an object for the gradients, which either walk hands the gradient with respect to such a tile.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from .problem import Problem
 Gradients = list[Tensor | None]
 
 
-def draft_of(problem: Problem) -> LinearDraft | LogitsDraft:
-    tensors, k = problem.tensors, problem.num_sources
-    sources = [x.detach().reshape(-1, x.shape[-1]) for x in tensors[:k]]
+def draft_of(problem: Problem) -> LinearDraft | LowRankDraft | LogitsDraft:
+    tensors, k, second = [x.detach() for x in problem.tensors], problem.num_sources, problem.low_rank
+    sources = [x.reshape(-1, x.shape[-1]) for x in tensors[:k]]
     if not problem.linear:
         return LogitsDraft(sources)
-    weight, *bias = (x.detach() for x in tensors[k:])
-    return LinearDraft(sources, weight, bias[0] if bias else None)
+    weight, *bias = tensors[k : second.start]
+    draft = LinearDraft(sources, weight, bias[0] if bias else None)
+    if not tensors[second]:
+        return draft
+    *sources, weight = tensors[second]
+    return LowRankDraft(draft, LinearDraft([x.reshape(-1, x.shape[-1]) for x in sources], weight, None))
 
 
 class LinearDraft:
@@ -127,6 +131,44 @@ class LinearGradients:
         return buffers
 
 
+class LowRankDraft:
+    """Logits `h @ weight.T + bias + u @ M.T`: the head's product, and a second one of few columns r, `u` `[R, r]`."""
+
+    def __init__(self, head: LinearDraft, second: LinearDraft) -> None:
+        self.both = head, second
+
+    def rows(self, layout: Layout, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        head, second = self.both
+        return head.rows(layout, chunk), second.rows(layout, chunk)
+
+    def fill(
+        self, layout: Layout, chunk: Chunk, h: tuple[Tensor, Tensor], columns: slice, tile: Tensor | None
+    ) -> Tensor:
+        head, second = self.both
+        z = head.fill(layout, chunk, h[0], columns, tile)
+        gemm.accumulate(z, h[1], second.weight[columns].t())
+        return z
+
+    def gradients(self, plan: Plan, needs: Sequence[bool], scale: Tensor | None = None) -> LowRankGradients:
+        head, second = self.both
+        cut = len(needs) - len(second.sources) - 1
+        return LowRankGradients(head.gradients(plan, needs[:cut], scale), second.gradients(plan, needs[cut:], scale))
+
+
+class LowRankGradients:
+    """The gradients of both products, which take the same gradient of the logits."""
+
+    def __init__(self, head: LinearGradients, second: LinearGradients) -> None:
+        self.both, self.tile = (head, second), head.tile
+
+    def add(self, chunk: Chunk, h: tuple[Tensor, Tensor], columns: slice, g: Tensor) -> None:
+        for made, rows in zip(self.both, h, strict=True):
+            made.add(chunk, rows, columns, g)
+
+    def done(self) -> Gradients:
+        return [x for made in self.both for x in made.done()]
+
+
 class LogitsDraft:
     """Logits that the caller holds, in one or more tensors `[R, V]`. They are never written."""
 
@@ -167,6 +209,9 @@ class LogitsGradients:
         if self.scale is None:
             return self.logits
         return [x if x is None else times(x, self.scale, x.dtype) for x in self.logits]
+
+
+GradientsOfDraft = LinearGradients | LowRankGradients | LogitsGradients
 
 
 def near_unit_scale(coefficients: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class Facts:
     """The numbers that a choice depends on.
 
     Attributes:
+        hidden_size: of the draft, and the rank of a second product added to it: what a product's inner size is in all.
         dtype: what the draft computes in.
         accumulator: the dtype of the statistics of a row.
         tiles: the dtypes of the tiles.
@@ -87,13 +88,14 @@ class Facts:
         k, tensors, pairs = problem.num_sources, problem.tensors, problem.pairs
         x, target = tensors[0], problem.target.tiles
         every_row = pairs.valid is None
+        rank = sum(y.shape[-1] for y in tensors[problem.low_rank][-1:])
         unit = not problem.linear and all(y.stride(-1) == 1 for y in tensors[:k]) and not target.restricts_draft
         in_place = (unit and every_row and pairs.draft_rows is None, target.in_place and every_row)
         return cls(
             pairs=pairs,
             num_rows=problem.num_rows,
             num_sources=k,
-            hidden_size=x.shape[-1] if problem.linear else 0,
+            hidden_size=x.shape[-1] + rank if problem.linear else 0,
             vocab_size=target.vocab_size,
             dtype=x.dtype,
             accumulator=problem.accumulator,

@@ -22,7 +22,8 @@ class Problem:
     """A call that has passed all checks.
 
     Attributes:
-        tensors: the draft's sources `[..., H or V]`, then the weight and the bias of a linear draft.
+        tensors: the draft's sources `[..., H or V]`, then the weight and the bias of a linear draft, then the sources
+            `[..., r]` and the weight of its low-rank product.
         num_sources, linear: how many sources there are, and whether a head follows them.
         logits_dtype: float32 where the draft's logits keep the float32 of the product; None: they have their own dtype.
         transform: of the draft's logits.
@@ -49,6 +50,11 @@ class Problem:
     terms: tuple[str, ...] = TERMS
 
     @property
+    def low_rank(self) -> slice:
+        """Which of `tensors` belong to the low-rank product: none, or as many sources as there are, and a weight."""
+        return low_rank(len(self.tensors), self.num_sources)
+
+    @property
     def num_rows(self) -> int:
         return sum(x.shape[:-1].numel() for x in self.tensors[: self.num_sources])
 
@@ -62,10 +68,17 @@ class Problem:
         return self.tensors[0].device
 
 
+def low_rank(num_tensors: int, num_sources: int) -> slice:
+    """Which of a draft's tensors belong to its low-rank product. Before them are the sources, a weight, and a bias."""
+    added = num_sources + 1
+    return slice(num_tensors - added if num_tensors >= 2 * added else num_tensors, num_tensors)
+
+
 def linear(
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
+    second: tuple[Tensor | Sequence[Tensor], Tensor] | None,
     target: Target,
     logits_dtype: str | torch.dtype,
     *how: Any,
@@ -87,8 +100,12 @@ def linear(
         checks.shape("bias", bias, (weight.shape[0],), "one per row of draft_lm_head_weight")
         checks.same_device(device, bias=bias)
         tensors.append(bias)
+    names = ["draft_lm_head_weight"] if bias is None else ["draft_lm_head_weight", "bias"]
+    if second is not None:
+        tensors += _low_rank(second, shape, len(sources), weight)
+        names += ["low_rank[0]"] * len(sources) + ["low_rank[1]"]
     tensors = [x.to(gemm.compute_dtype(x)) for x in tensors]
-    for name, x in zip(("draft_lm_head_weight", "bias"), tensors[len(sources) :], strict=False):
+    for name, x in zip(names, tensors[len(sources) :], strict=True):
         if x.dtype != tensors[0].dtype:
             expected = f"{name} of draft_hidden's dtype, {str(tensors[0].dtype).removeprefix('torch.')}"
             checks.fail(expected, x, "Convert one of them, or run under torch.autocast.", TypeError)
@@ -203,6 +220,24 @@ def _refuse_nonfinite(problem: Problem) -> None:
     for i, (x, of_source) in enumerate(zip(problem.tensors, counted, strict=False)):
         which = name if k == 1 else f"{name}[{i}]"
         checks.finite_rows(which, x.detach(), logits=not problem.linear, counted=of_source)
+
+
+def _low_rank(
+    given: tuple[Tensor | Sequence[Tensor], Tensor], shape: tuple[int, ...], num_sources: int, head: Tensor
+) -> list[Tensor]:
+    """The tensors of `low_rank=(u, M)`: `u` as the hidden states are given, `[..., r]`, and `M` `[V_draft, r]`."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        remedy = "u is [..., r], as the hidden states are; M is [V_draft, r]."
+        checks.fail("low_rank to be a pair (u, M)", given, remedy, TypeError)
+    sources, of_u = _sources("low_rank[0]", given[0])
+    weight = checks.tensor("low_rank[1]", given[1], ndim=2, dtypes=checks.FLOATS)
+    if len(sources) != num_sources or of_u != shape:
+        expected = f"low_rank[0] given as the hidden states are: {num_sources} tensor(s), leading shape {shape} in all"
+        checks.fail(expected, f"{len(sources)} tensor(s), {of_u}", "Give one row u for each row of the hidden states.")
+    checks.not_empty("low_rank[1]", weight, rank=1)
+    checks.shape("low_rank[1]", weight, (head.shape[0], sources[0].shape[-1]), "a row per row of draft_lm_head_weight")
+    checks.same_device(head.device, **{"low_rank[0]": sources[0], "low_rank[1]": weight})
+    return [*sources, weight]
 
 
 def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
