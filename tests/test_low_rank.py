@@ -17,7 +17,7 @@ WALKS = {
     "one pass": {"plan": "one_pass", "kl_weight": 0.4},
     "one pass, small chunks": {"plan": "one_pass", "kl_weight": 0.4, "workspace_mb": 0.001},
     "by rows": {"plan": "recompute", "objective": "alpha"},
-    "by vocabulary": {"plan": "recompute", "objective": "alpha", "workspace_mb": 0.004},
+    "by vocabulary": {"plan": "recompute", "objective": "alpha", "workspace_mb": 0.001},
 }
 
 
