@@ -76,7 +76,7 @@ def lk_divergences(
     Source: arXiv 2602.23881.
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
-    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, low_rank, target, logits_dtype, *how)
+    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
     return _by(asked).divergences(asked)
 
 
@@ -176,7 +176,7 @@ def lk_loss(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
     how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
-    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, low_rank, target, logits_dtype, *how)
+    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
     return _by(asked).loss(asked, options, plan)
 
 

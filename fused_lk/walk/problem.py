@@ -78,10 +78,10 @@ def linear(
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    second: tuple[Tensor | Sequence[Tensor], Tensor] | None,
     target: Target,
     logits_dtype: str | torch.dtype,
     *how: Any,
+    second: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
 ) -> Problem:
     """The problem of a draft with hidden states and an `lm_head`. `how` goes to `_checked`."""
     weight, bias = checks.weight_here(weight), checks.weight_here(bias)
