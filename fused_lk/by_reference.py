@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ranks, reference
 from .output import Divergences, LKOutput, block_sums
 from .pairs.layout import position_sums, ratio
-from .reduction import LossOptions
+from .reduction import LossOptions, losses_of
 from .walk.plan import resolve
 from .walk.problem import Problem
 
@@ -32,9 +32,11 @@ def _without_autocast(answer: Callable[..., Any]) -> Callable[..., Any]:
 @_without_autocast
 def divergences(problem: Problem) -> Divergences:
     rows = _Rows(problem)
-    log_acceptance, kl = reference.masked_divergences(rows.draft_logits, rows.log_p, rows.weights > 0)
-    acceptance = torch.where(rows.weights > 0, log_acceptance.exp(), 0)
-    return Divergences(*(x.view(problem.shape) for x in (log_acceptance, kl, acceptance, rows.draft_ids)))
+    return rows.divergences(
+        reference.masked_divergences(
+            rows.draft_logits, rows.log_p, rows.weights > 0, labels=problem.labels, jsd_beta=problem.jsd_beta
+        )
+    )
 
 
 @_without_autocast
@@ -50,11 +52,18 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
     if isinstance(kl_weight, Tensor):
         per_token = kl_weight.shape != (num_positions,) and kl_weight.shape == problem.shape
         kl_weight, lambda_per = kl_weight.reshape(-1) if per_token else kl_weight, "token" if per_token else "position"
+
+    def of_rows(terms: dict[str, Tensor]) -> Tensor:
+        assert callable(options.objective)
+        return losses_of(options.objective(rows.divergences(terms)), problem.shape).reshape(-1)
+
     answer = functools.partial(
         reference.lk_loss,
         rows.draft_logits,
         rows.log_p,
-        objective=options.objective,
+        objective=of_rows if callable(options.objective) else dict(options.mix),
+        labels=problem.labels,
+        jsd_beta=problem.jsd_beta,
         eta=options.eta,
         kl_scale=options.kl_scale,
         lambda_per=lambda_per,
@@ -87,6 +96,10 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
         kl_sum=out.kl_sum,
         loss_sum=out.loss_sum,
         kl_weight_sum=out.kl_weight * out.weight_sum,
+        term_sums={
+            name: position_sums(rows.weights * out.terms[name].detach(), rows.positions, num_positions)
+            for name in problem.terms[2:]
+        },
         weight_sum=out.weight_sum,
         num_tokens=out.num_tokens,
         num_unsupported=out.num_unsupported,
@@ -120,3 +133,12 @@ class _Rows:
         if target.tiles.restricts_draft:
             self.draft_logits = reference.restricted(self.draft_logits, self.log_p)
         self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)
+        self.problem = problem
+
+    def divergences(self, terms: dict[str, Tensor]) -> Divergences:
+        """`terms` `[N]` in the draft's shape."""
+        shape = self.problem.shape
+        log_acceptance, kl, *further = (terms[name].view(shape) for name in self.problem.terms)
+        acceptance = torch.where(self.weights.view(shape) > 0, log_acceptance.exp(), 0)
+        of_name = dict(zip(self.problem.terms[2:], further, strict=True))
+        return Divergences(log_acceptance, kl, acceptance, self.draft_ids.view(shape), of_name)

@@ -156,6 +156,14 @@ def softmax(name: str, temperature: Any, logit_scale: Any, softcap: Any) -> tupl
     return softcap / temperature, logit_scale / softcap
 
 
+def share(name: str, value: Any) -> float:
+    """`value` as a float in (0, 1)."""
+    value = number(name, value, above=0)
+    if value >= 1:
+        fail(f"{name} to be in (0, 1)", value, "Choose a share between them; neither end is allowed.")
+    return value
+
+
 def integer(name: str, value: Any, *, minimum: int = 1, expected: str = "", remedy: str = "") -> int:
     """`value`, Python's or NumPy's, as an int `>= minimum`."""
     expected = expected or f"{name} to be a positive int" if minimum == 1 else f"{name} to be an int >= {minimum}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from .pairs.pairs import Pairs
 from .reduction import LossOptions
 from .walk.costs import Costs, TargetFacts
 from .walk.plan import Facts, Plan, resolve, tile_dtypes
-from .walk.problem import check_target_rows
+from .walk.problem import all_terms, check_target_rows
 
 TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
 
@@ -96,7 +97,8 @@ def explain(
     target_logits_dtype: str | torch.dtype = "compute",
     frozen_head: bool = False,
     frozen_hidden: bool = False,
-    objective: str = "lambda",
+    objective: str | Mapping[str, float] = "lambda",
+    terms: Sequence[str] = (),
     lambda_per: str = "position",
     kl_weight: float | None = None,
     reduction: str = "mean",
@@ -121,7 +123,7 @@ def explain(
         pairs: the actual work list, instead of `masked_share`; of `ttt_steps * num_tokens` rows.
         dtype, logits_dtype, frozen_head, frozen_hidden: of the draft.
         target_logits_dtype: `logits_dtype` of a target from hidden states, or `torch.float32` where its logits have it.
-        objective, lambda_per, kl_weight, reduction, plan, impl, workspace_mb: as in `lk_loss`.
+        objective, terms, lambda_per, kl_weight, reduction, plan, impl, workspace_mb: as in `lk_loss`.
         device: "cpu" or "cuda".
 
     Raises:
@@ -178,6 +180,7 @@ def explain(
         impl=impl,
         device=torch.device(device),
         budget=checks.workspace_bytes(workspace_mb),
+        terms=all_terms(options.terms, terms),
     )
     streams = target == "cached" or (target == "hidden" and vocab < full_vocab and not normalizer_given)
     kind = "logits" if target == "cached" else target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +34,9 @@ def lk_divergences(
     impl: str = "auto",
     workspace_mb: float | str = "auto",
     logits_dtype: str | torch.dtype = "compute",
+    terms: Sequence[str] = (),
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
 ) -> Divergences:
     """The log acceptance rate and the KL divergence of each token: the primitive of every LK objective.
 
@@ -64,6 +67,18 @@ def lk_divergences(
         logits_dtype: "compute" rounds the draft's logits to the dtype of the hidden states, as eager code does.
             `torch.float32` keeps the float32 results of the matrix product. `Target.from_hidden` has the same option
             for the target's logits: near alpha = 1, rounding on either side spoils the gradient.
+        terms: further divergences to compute in the same pass, by name; results are in `terms` of what is returned:
+
+            "soft_ce"   -sum_v pt_v log q_v: KL and the target's entropy; its gradient is that of KL
+            "ce"        -log q[label]
+            "rkl"       KL(q || pt); infinite, and without gradient, where q can say what p cannot
+            "jsd"       jsd_beta KL(pt || m) + (1 - jsd_beta) KL(q || m),  m = jsd_beta pt + (1 - jsd_beta) q
+            "l1"        sum_v |pt_v - q_v|: 2 (1 - alpha) where the draft vocabulary has all of the target's mass
+
+        labels: integers `[...]`, the target ids that "ce" asks for. A negative one (-100), or one that the draft
+            vocabulary lacks, asks for nothing: 0 and no gradient. Without `labels` they are the target's argmax on the
+            draft vocabulary.
+        jsd_beta: in (0, 1), for "jsd".
 
     Returns:
         `Divergences`, in the draft's shape without its last dimension, in fp32 (fp64 for fp64 inputs). Gradients reach
@@ -75,7 +90,7 @@ def lk_divergences(
 
     Source: arXiv 2602.23881.
     """
-    how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
+    how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta, logit_scale, softcap)
     asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
     return _by(asked).divergences(asked)
 
@@ -89,6 +104,9 @@ def lk_divergences_from_logits(
     pairs: Pairs | None = None,
     impl: str = "auto",
     workspace_mb: float | str = "auto",
+    terms: Sequence[str] = (),
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
 ) -> Divergences:
     """`lk_divergences` of logits `[..., V_draft]` that the caller holds.
 
@@ -97,7 +115,7 @@ def lk_divergences_from_logits(
     The logits exist already, so this function cannot avoid them. It avoids the softmaxes that eager code makes of them.
     The gradient has the size and dtype of the logits. The logits themselves are never written.
     """
-    how = (mask, pairs, draft_temperature, impl, workspace_mb)
+    how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta)
     asked = problem.from_logits(draft_logits, target, *how)
     return _by(asked).divergences(asked)
 
@@ -107,7 +125,7 @@ def lk_loss(
     draft_lm_head_weight: Tensor,
     target: Target,
     *,
-    objective: str = "lambda",
+    objective: str | Mapping[str, float] | Callable[[Divergences], Tensor] = "lambda",
     eta: float = 3.0,
     kl_scale: float = 1.0,
     lambda_per: str = "position",
@@ -127,6 +145,9 @@ def lk_loss(
     plan: str = "auto",
     workspace_mb: float | str = "auto",
     logits_dtype: str | torch.dtype = "compute",
+    terms: Sequence[str] = (),
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
 ) -> LKOutput:
     """The LK loss of a draft model, and its gradient. Full logits never exist.
 
@@ -135,6 +156,10 @@ def lk_loss(
         "tv"        1 - alpha
         "alpha"     -log alpha
         "lambda"    lam * KL(pt || q) + (1 - lam) * (1 - alpha),  lam = kl_scale * exp(-eta * stop_grad(a))
+
+    and each of the `terms` of `lk_divergences`. A dictionary `{name: weight}` of these is the weighted sum of such
+    losses, in one pass. A function is called with the `Divergences`, and returns the loss of each token in the draft's
+    shape; the divergences have in `terms` what `terms=` names.
 
     Here alpha = sum_v min(p_v, q_v). `a` is the mean alpha of all supervised tokens of the same draft position
     (`lambda_per="position"`, the paper), or the alpha of the token itself (`lambda_per="token"`, vLLM speculators).
@@ -175,7 +200,8 @@ def lk_loss(
     options = LossOptions(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
-    how = (mask, pairs, draft_temperature, impl, workspace_mb, logit_scale, softcap)
+    of_terms = ((options.terms, terms), labels, jsd_beta)
+    how = (mask, pairs, draft_temperature, impl, workspace_mb, *of_terms, logit_scale, softcap)
     asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
     return _by(asked).loss(asked, options, plan)
 
@@ -184,7 +210,7 @@ def lk_loss_from_logits(
     draft_logits: Tensor | Sequence[Tensor],
     target: Target,
     *,
-    objective: str = "lambda",
+    objective: str | Mapping[str, float] | Callable[[Divergences], Tensor] = "lambda",
     eta: float = 3.0,
     kl_scale: float = 1.0,
     lambda_per: str = "position",
@@ -199,12 +225,15 @@ def lk_loss_from_logits(
     impl: str = "auto",
     plan: str = "auto",
     workspace_mb: float | str = "auto",
+    terms: Sequence[str] = (),
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
 ) -> LKOutput:
     """`lk_loss` of logits `[..., V_draft]` that the caller holds; see `lk_divergences_from_logits`."""
     options = LossOptions(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
-    how = (mask, pairs, draft_temperature, impl, workspace_mb)
+    how = (mask, pairs, draft_temperature, impl, workspace_mb, (options.terms, terms), labels, jsd_beta)
     asked = problem.from_logits(draft_logits, target, *how)
     return _by(asked).loss(asked, options, plan)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from . import checks
 from .impls import IMPLS
 from .losses import lk_loss
-from .output import LKOutput
+from .output import Divergences, LKOutput
 from .reduction import LossOptions
 from .targets.target import Target
 from .walk.plan import PLANS
+from .walk.problem import all_terms
 
 
 class LKLoss(nn.Module):
@@ -22,7 +23,7 @@ class LKLoss(nn.Module):
 
     Args:
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group, logit_scale,
-        softcap, draft_temperature, impl, plan, workspace_mb, logits_dtype: as in `fused_lk.lk_loss`.
+        softcap, draft_temperature, impl, plan, workspace_mb, logits_dtype, terms, jsd_beta: as in `fused_lk.lk_loss`.
 
     Raises:
         TypeError, ValueError: an option is unknown or out of range. The call checks what depends on the batch.
@@ -30,7 +31,7 @@ class LKLoss(nn.Module):
 
     def __init__(
         self,
-        objective: str = "lambda",
+        objective: str | Mapping[str, float] | Callable[[Divergences], Tensor] = "lambda",
         *,
         eta: float = 3.0,
         kl_scale: float = 1.0,
@@ -47,6 +48,8 @@ class LKLoss(nn.Module):
         plan: str = "auto",
         workspace_mb: float | str = "auto",
         logits_dtype: str | torch.dtype = "compute",
+        terms: Sequence[str] = (),
+        jsd_beta: float = 0.5,
     ) -> None:
         super().__init__()
         self.options = LossOptions(
@@ -65,6 +68,8 @@ class LKLoss(nn.Module):
             "plan": plan,
             "workspace_mb": checks.scalar(workspace_mb),
             "logits_dtype": logits_dtype,
+            "terms": all_terms(terms),
+            "jsd_beta": checks.share("jsd_beta", jsd_beta),
         }
 
     def forward(
@@ -72,7 +77,8 @@ class LKLoss(nn.Module):
     ) -> LKOutput:
         """`lk_loss(draft_hidden, draft_lm_head_weight, target, **inputs)` with the stored options.
 
-        The `inputs` change from batch to batch: mask, pairs, bias. An option among them replaces the stored one.
+        The `inputs` change from batch to batch: mask, pairs, bias, labels. An option among them replaces the stored
+        one.
         """
         options = {**vars(self.options), **self.call_options, **inputs}
         return lk_loss(draft_hidden, draft_lm_head_weight, target, **options)

@@ -1,43 +1,42 @@
-"""The objectives, as mixes of divergences with the weights of each token.
+"""The objectives: weighted sums of the divergences of a token. No weight receives a gradient.
 
-The loss of a token is a weighted sum. Its weights receive no gradient:
+    "tv"       1 - alpha
+    "alpha"    -log alpha
+    "lambda"   lam * KL(pt || q) + (1 - lam) * (1 - alpha)
 
-    loss = kl * KL(pt || q)  +  tv * (1 - alpha)  +  nla * (-log alpha)
-
-The value, and the derivatives with respect to log alpha and KL, follow from these three weights. In the recompute plan
-autograd differentiates `per_token`. The one-pass plan asks for `d_values`.
+All other components are terms by themselves (`rows.interface`). A mix names components and gives each a weight. The
+value, and the derivatives with respect to the terms, follow from these weights. In the recompute plan autograd
+differentiates `per_token`. The one-pass plan asks for `d_values`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .rows.interface import MEASURED, TERMS
 
-class Mix(NamedTuple):
-    """The weights of KL, of total variation and of -log alpha: floats, or one per pair `[P]`."""
+OF_ACCEPTANCE = ("tv", "alpha", "lambda")
+FURTHER = tuple(name for name in TERMS if name not in MEASURED)
+COMPONENTS = ("kl", *OF_ACCEPTANCE, *FURTHER)
 
-    kl: float | Tensor
-    tv: float | Tensor
-    nla: float | Tensor
-
-
-MIXES = {"kl": Mix(1.0, 0.0, 0.0), "tv": Mix(0.0, 1.0, 0.0), "alpha": Mix(0.0, 0.0, 1.0)}
-OBJECTIVES = (*MIXES, "lambda")
+Mix = tuple[tuple[str, float], ...]
 
 
 class Objective(NamedTuple):
     """`sum_i weights_i * loss_i` over the pairs i. It is data per pair, which a walk can cut into chunks.
 
     Attributes:
-        name, eta, kl_scale: as in `lk_loss`.
+        mix, eta, kl_scale: as in `lk_loss`.
+        terms: the names of the rows of `values`.
         weights: `[P]`, what each token's loss is multiplied by.
         kl_weight: `[P]`, lambda where it is given. None: each token has its own.
     """
 
-    name: str
+    mix: Mix
+    terms: tuple[str, ...]
     eta: float
     kl_scale: float
     weights: Tensor
@@ -48,34 +47,40 @@ class Objective(NamedTuple):
         lam = self.kl_weight
         return self._replace(weights=self.weights[start:stop], kl_weight=None if lam is None else lam[start:stop])
 
-    def mix(self, log_acceptance: Tensor) -> Mix:
-        """The mix of each pair. The objective "lambda" is lam * KL + (1 - lam) * TV."""
-        if self.name != "lambda":
-            return MIXES[self.name]
-        lam = self.kl_weight
-        if lam is None:
-            lam = adaptive_kl_weight(log_acceptance.exp(), self.eta, self.kl_scale)
-        return Mix(lam, 1.0 - lam, 0.0)
+    def coefficients(self, log_acceptance: Tensor) -> dict[str, float | Tensor]:
+        """The weights of KL, total variation, -log alpha and the further terms: floats, or one per pair `[P]`."""
+        given: dict[str, Any] = dict(self.mix)
+        of_lambda = given.pop("lambda", 0.0)
+        if of_lambda:
+            lam = self.kl_weight
+            if lam is None:
+                lam = adaptive_kl_weight(log_acceptance.exp(), self.eta, self.kl_scale)
+            given["kl"] = given.get("kl", 0.0) + of_lambda * lam
+            given["tv"] = given.get("tv", 0.0) + of_lambda * (1.0 - lam)
+        return {name: given.get(name, 0.0) for name in COMPONENTS if name != "lambda"}
 
     def per_token(self, values: Tensor, supported: Tensor) -> Tensor:
         """The loss of each token, without its weight; 0 where the target has no mass on the draft vocabulary."""
-        log_acceptance, kl = values
-        log_acceptance = torch.where(supported, log_acceptance, 0.0)
-        mix = self.mix(log_acceptance)
-        # log alpha and KL are infinite where the draft excludes what the target may say. There 0 * inf would be NaN.
-        loss = weighted(mix.tv, total_variation(log_acceptance)) + weighted(mix.kl, kl)
-        return torch.where(supported, loss - weighted(mix.nla, log_acceptance), 0.0)
+        log_acceptance = torch.where(supported, values[0], 0.0)
+        losses = dict(zip(self.terms, values, strict=True))
+        losses |= {"tv": total_variation(log_acceptance), "alpha": -log_acceptance}
+        loss = torch.zeros_like(log_acceptance)
+        for name, weight in self.coefficients(log_acceptance).items():
+            if isinstance(weight, Tensor) or weight != 0:
+                # Log alpha and KL are infinite where the draft excludes what the target may say. 0 * inf would be NaN.
+                loss = loss + weighted(weight, losses[name])
+        return torch.where(supported, loss, 0.0)
 
     def total(self, values: Tensor, supported: Tensor) -> Tensor:
         return weighted(self.weights, self.per_token(values, supported)).sum()
 
     def d_values(self, values: Tensor) -> Tensor:
-        """`[2, P]`, the derivatives with respect to log alpha and KL. (Rows without an answer have no gradient.)"""
+        """`[T, P]`, the derivatives with respect to the terms. (Rows without an answer have no gradient.)"""
         log_acceptance = values[0]
-        mix = self.mix(log_acceptance)
-        d_log_acceptance = -(mix.tv * log_acceptance.exp() + mix.nla)
-        d_kl = mix.kl + torch.zeros_like(log_acceptance)
-        return weighted(self.weights, torch.stack([d_log_acceptance, d_kl]))
+        of = self.coefficients(log_acceptance)
+        of["log_acceptance"] = -(of["tv"] * log_acceptance.exp() + of["alpha"])
+        rows = [of[name] + torch.zeros_like(log_acceptance) for name in self.terms]
+        return weighted(self.weights, torch.stack(rows))
 
 
 def adaptive_kl_weight(acceptance: Tensor, eta: float, kl_scale: float) -> Tensor:

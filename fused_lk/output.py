@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -48,18 +48,24 @@ class Divergences:
         kl: KL(pt || q) in nats.
         acceptance: alpha, in [0, 1].
         draft_token_ids: int64, the draft's argmax as target ids; 0 on ignored rows.
+        terms: the further divergences that were asked for, by name, differentiable. They are 0 on ignored rows, and
+            where the target has no mass on the draft vocabulary.
     """
 
     log_acceptance: Tensor
     kl: Tensor
     acceptance: Tensor
     draft_token_ids: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     __repr__ = brief
 
     def __getitem__(self, index: Any) -> Divergences:
         """The divergences of some tokens. Where the draft was a list of TTT steps, `d[k]` has those of step k."""
-        return Divergences(*(x[index] for x in vars(self).values()))
+        terms = {name: x[index] for name, x in self.terms.items()}
+        return Divergences(
+            self.log_acceptance[index], self.kl[index], self.acceptance[index], self.draft_token_ids[index], terms
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,8 +84,9 @@ class LKSums:
         accuracy_sum: `[K]`, the sum over tokens whose draft argmax is the target's argmax; NaN where that is not known.
         kl_sum: `[K]`, the sum of KL(pt || q) in nats.
         loss_sum: `[K]`, the sum of the tokens' losses, without decay and denominator.
-        kl_weight_sum: `[K]`, the sum of lambda (of 1 for objective "kl", of 0 for "tv" and "alpha").
-        weight_sum: `[K]`, the sum of the weights: the denominator of those above.
+        kl_weight_sum: `[K]`, the sum of the weight of KL (lambda; 1 for objective "kl", 0 for "tv" and "alpha").
+        weight_sum: `[K]`, the sum of the weights: the denominator of those above, and of `term_sums`.
+        term_sums: `[K]` each, the sums of the further divergences that were computed, by name.
         num_tokens: int64 `[K]`, the supervised tokens.
         num_unsupported: int64 scalar, the supervised tokens whose target has no mass on the draft vocabulary.
         prefix_acceptance_sum: `[K]`, the sum over blocks of prod_{j <= k} alpha_j: how likely a step accepts token k.
@@ -99,6 +106,7 @@ class LKSums:
     prefix_acceptance_sum: Tensor
     prefix_accuracy_sum: Tensor
     num_blocks: Tensor
+    term_sums: Mapping[str, Tensor]
     position_decay: float
 
     __repr__ = brief
@@ -155,14 +163,14 @@ class LKSums:
             ValueError: there are none, or they differ in the number of positions or in `position_decay`.
         """
         parts = list(parts)
-        kinds = {(len(part.weight_sum), part.position_decay) for part in parts}
+        kinds = {(len(part.weight_sum), part.position_decay, tuple(part.term_sums)) for part in parts}
         if len(kinds) != 1:
-            got = ", ".join(f"{k} with position_decay={decay:g}" for k, decay in sorted(kinds)) or "none"
+            got = ", ".join(f"{k} with position_decay={decay:g} {names}" for k, decay, names in sorted(kinds)) or "none"
             remedy = "Merge what one loss gives, with one work list's shape."
-            checks.fail("outputs with the same number of positions and the same decay", got, remedy)
-        return LKSums(
-            **{name: sum(getattr(part, name) for part in parts) for name in _SUMS}, position_decay=kinds.pop()[1]
-        )
+            checks.fail("outputs with the same number of positions, the same decay and divergences", got, remedy)
+        sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMS}
+        terms: dict[str, Any] = {name: sum(part.term_sums[name] for part in parts) for name in parts[0].term_sums}
+        return LKSums(**sums, term_sums=terms, position_decay=parts[0].position_decay)
 
     def all_reduced(self: Sums, group: Any) -> Sums:
         """The same record with the sums of all ranks of `group`: one all-reduce of K-sized tensors.
@@ -177,15 +185,17 @@ class LKSums:
             TypeError: `group` is something else.
         """
         ranks.check(group)
-        reduced = ranks.summed(group, *(getattr(self, name) for name in _SUMS))
-        sums: dict[str, Any] = dict(zip(_SUMS, reduced, strict=True))
-        return replace(self, **sums)
+        own = [*(getattr(self, name) for name in _SUMS), *self.term_sums.values()]
+        reduced = iter(ranks.summed(group, *own))
+        sums: dict[str, Any] = {name: next(reduced) for name in _SUMS}
+        return replace(self, **sums, term_sums={name: next(reduced) for name in self.term_sums})
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Floats to log, by the names that trainers use. This costs one host synchronisation.
 
-        Each position k has `acceptance_rate_k`, `accuracy_k`, `kl_k`, `kl_weight_k`, `loss_k` and `num_tokens_k`.
-        `loss` is `mean_loss`, whatever reduction and denominator. `num_unsupported` and `num_blocks` are counts.
+        Each position k has `acceptance_rate_k`, `accuracy_k`, `kl_k`, `kl_weight_k`, `loss_k` and `num_tokens_k`, and
+        the mean of each further divergence by its name, as `l1_k`. `loss` is `mean_loss`, whatever reduction and
+        denominator. `num_unsupported` and `num_blocks` are counts.
 
         Three lengths are in tokens per step. `acceptance_length` and `greedy_acceptance_length` are means over blocks,
         and NaN where the pairs have none. `expected_acceptance_length` is made of the mean acceptance rates of the
@@ -198,6 +208,7 @@ class LKSums:
             "kl_weight": self.kl_weight,
             "loss": self.position_loss,
             "num_tokens": self.num_tokens,
+            **{name: ratio(x, self.weight_sum) for name, x in self.term_sums.items()},
         }
         scalars = {
             "loss": self.mean_loss,
@@ -212,7 +223,7 @@ class LKSums:
         return {prefix + name: value for name, value in zip(names, values, strict=True)}
 
 
-_SUMS = tuple(field.name for field in fields(LKSums) if field.name != "position_decay")
+_SUMS = tuple(x.name for x in fields(LKSums) if x.name not in ("term_sums", "position_decay"))
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import checks, ranks
 from .graph import autograd, operators
-from .objective import OBJECTIVES, Objective, adaptive_kl_weight, weighted
+from .objective import COMPONENTS, FURTHER, Mix, Objective, adaptive_kl_weight, weighted
 from .output import Divergences, LKOutput, block_sums
 from .pairs.layout import Layout, position_sums, ratio
 from .rows.interface import RowStats
@@ -32,7 +33,7 @@ class LossOptions:
             out of range. (Tensors on a device are read with FUSED_LK_VALIDATE=1 only, because that synchronises.)
     """
 
-    objective: str = "lambda"
+    objective: str | Mapping[str, float] | Callable[[Divergences], Tensor] = "lambda"
     eta: float = 3.0
     kl_scale: float = 1.0
     lambda_per: str = "position"
@@ -43,7 +44,7 @@ class LossOptions:
     group: Any = None
 
     def __post_init__(self) -> None:
-        checks.choice("objective", self.objective, OBJECTIVES)
+        self._keep("objective", _checked(self.objective))
         checks.choice("lambda_per", self.lambda_per, LAMBDA_PER)
         checks.choice("reduction", self.reduction, REDUCTIONS)
         for name in ("eta", "position_decay", "kl_scale"):
@@ -71,25 +72,43 @@ class LossOptions:
         elif self.denominator is not None:
             remedy = "For a count that may be 0 use max(denominator, 1)."
             self._keep("denominator", checks.number("denominator", self.denominator, above=0, remedy=remedy))
-        if self.kl_weight is not None and self.objective != "lambda":
+        if self.kl_weight is not None and not self.has_lambda:
             checks.fail(
                 'kl_weight with objective="lambda" only', f"objective={self.objective!r}", "Leave kl_weight out."
             )
         if self.group is not None:
             ranks.check(self.group)
 
-    def _keep(self, name: str, value: float) -> None:
+    def _keep(self, name: str, value: Any) -> None:
         """Store a Python number in place of a NumPy one, which operators of a graph refuse."""
         object.__setattr__(self, name, value)
 
     @property
+    def mix(self) -> Mix:
+        """The components and their weights; none where a callable makes the loss."""
+        if callable(self.objective):
+            return ()
+        return ((self.objective, 1.0),) if isinstance(self.objective, str) else tuple(self.objective.items())
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What is computed beyond the terms of every call."""
+        return tuple(name for name, _ in self.mix if name in FURTHER)
+
+    @property
+    def has_lambda(self) -> bool:
+        return dict(self.mix).get("lambda", 0.0) != 0
+
+    @property
     def waits_for_batch(self) -> bool:
         """Whether a token's loss depends on other tokens' acceptance."""
-        return self.objective == "lambda" and self.kl_weight is None and self.lambda_per == "position"
+        return self.has_lambda and self.kl_weight is None and self.lambda_per == "position"
 
     @property
     def obstacle_to_one_pass(self) -> str | None:
         """Why the gradients cannot be made in the forward; None where they can."""
+        if callable(self.objective):
+            return "an objective that is a function (its derivatives are known only when it was called)"
         if self.waits_for_batch:
             return 'lambda_per="position" without kl_weight (lambda is known only when all tokens are)'
         if self.reduction in ("position", "none"):
@@ -97,10 +116,26 @@ class LossOptions:
         return None
 
 
+def _checked(objective: Any) -> Any:
+    """`objective`: a name, a function, or a dictionary of components with their weights as floats."""
+    if callable(objective):
+        return objective
+    if not isinstance(objective, Mapping):
+        checks.choice("objective", objective, COMPONENTS)
+        return objective
+    for name in objective:
+        checks.choice("objective's components", name, COMPONENTS)
+    weights = {name: checks.number(f"objective[{name!r}]", x, minimum=0) for name, x in objective.items()}
+    if not any(weights.values()):
+        remedy = 'Give at least one component a weight above 0: {"ce": 0.1, "l1": 0.9}.'
+        checks.fail("objective with a positive weight", objective, remedy)
+    return weights
+
+
 def loss(problem: Problem, options: LossOptions, requested_plan: str) -> LKOutput:
     """See `fused_lk.lk_loss`."""
     one_pass = resolve(requested_plan, options.obstacle_to_one_pass)[0] and any(problem.needs)
-    problem = replace(problem, finds_target_argmax=problem.target.finds_argmax)
+    problem = replace(problem, scores_argmax=problem.target.finds_argmax)
     run = operators if torch.compiler.is_compiling() else autograd
     with torch.autocast(problem.device.type, enabled=False):
         plan, layout = run.prepare(problem, one_pass)
@@ -122,10 +157,24 @@ def divergences(problem: Problem) -> Divergences:
     with torch.autocast(problem.device.type, enabled=False):
         plan, layout = run.prepare(problem, False)
         stats = RowStats(*run.divergences(problem, plan, *problem.tensors))
-        log_acceptance, kl = stats.values
-        ids = problem.target.to_target_ids(stats.draft_argmax)
-        per_pair = (log_acceptance, kl, log_acceptance.exp(), ids)
-        return Divergences(*(layout.per_row(x, problem.num_rows).view(problem.shape) for x in per_pair))
+        return _divergences(problem, layout, stats)
+
+
+def _divergences(problem: Problem, layout: Layout, stats: RowStats) -> Divergences:
+    def per_row(x: Tensor) -> Tensor:
+        return layout.per_row(x, problem.num_rows).view(problem.shape)
+
+    log_acceptance, kl, *further = stats.values
+    acceptance, ids = per_row(log_acceptance.exp()), per_row(problem.target.to_target_ids(stats.draft_argmax))
+    terms = {name: per_row(x) for name, x in zip(problem.terms[2:], further, strict=True)}
+    return Divergences(per_row(log_acceptance), per_row(kl), acceptance, ids, terms)
+
+
+def losses_of(made: Any, shape: tuple[int, ...]) -> Tensor:
+    """What a caller's objective returned, if it is the loss of each token."""
+    checks.tensor("what objective returns", made, dtypes=checks.FLOATS)
+    checks.shape("what objective returns", made, shape, "the loss of each token, in the draft's shape")
+    return made
 
 
 class _Tokens:
@@ -134,6 +183,7 @@ class _Tokens:
     def __init__(self, problem: Problem, options: LossOptions, layout: Layout) -> None:
         self.problem, self.options, self.layout = problem, options, layout
         self.num_positions = problem.pairs.num_positions
+        self.called: Tensor | None = None  # what a function as objective made of each pair
         if layout.weights is None:
             self.weights = torch.ones(layout.num_pairs, dtype=problem.accumulator, device=problem.device)
         else:
@@ -194,36 +244,51 @@ class _Tokens:
         if options.reduction == "mean":
             of_position = self.divide(of_position)
         weights = self.weights * self.of_pair(self.share(of_position))
-        return Objective(options.objective, options.eta, options.kl_scale, weights, kl_weight)
+        terms = self.problem.terms
+        return Objective(options.mix, terms, options.eta, options.kl_scale, weights, kl_weight)
 
     def reduce(self, stats: RowStats, objective: Objective) -> Tensor:
+        per_pair = self.per_token(stats, objective)
         if self.options.reduction in ("mean", "sum"):  # holds a number per pair, not one per pair and position
-            return objective.total(stats.values, stats.supported)
-        per_pair = objective.per_token(stats.values, stats.supported)
+            return weighted(objective.weights, per_pair).sum()
         if self.options.reduction == "none":
             return self.per_row(weighted(self.weights, per_pair))
         return self.share(self.divide(self.sums(per_pair)))
 
+    def per_token(self, stats: RowStats, objective: Objective) -> Tensor:
+        """The loss of each pair, without its weight; 0 where the target has no answer."""
+        function = self.options.objective
+        if not callable(function):
+            return objective.per_token(stats.values, stats.supported)
+        if self.called is not None:
+            return self.called.detach()
+        made = losses_of(function(_divergences(self.problem, self.layout, stats)), self.problem.shape)
+        per_pair = self.layout.per_pair(made.reshape(-1)).to(self.weights.dtype)
+        self.called = torch.where(stats.supported, per_pair, 0.0)
+        return self.called
+
     def output(self, loss: Tensor, stats: RowStats, objective: Objective) -> LKOutput:
+        stats = stats._replace(values=stats.values.detach())
         layout, target, w = self.layout, self.problem.target, self.weights
-        log_acceptance, kl = stats.values.detach()
+        log_acceptance, kl, *further = stats.values
         acceptance = log_acceptance.exp()
         draft_ids = target.to_target_ids(stats.draft_argmax)
-        if stats.target_argmax is not None:
+        if self.problem.scores_argmax and stats.target_argmax is not None:
             correct = (draft_ids == target.to_target_ids(stats.target_argmax)).to(w)
         elif target.known_ids is not None:
             correct = (draft_ids == layout.of_target(target.known_ids)).to(w)
         else:
             correct = torch.full_like(w, float("nan"))
         supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
-        lam = objective.mix(log_acceptance).kl + torch.zeros_like(w)
+        lam = objective.coefficients(log_acceptance)["kl"] + torch.zeros_like(w)
         token_acceptance = self.per_row(acceptance)
         out = LKOutput(
             loss=loss,
             acceptance_sum=self.sums(acceptance),
             accuracy_sum=self.sums(correct),
             kl_sum=self.sums(kl),
-            loss_sum=self.sums(objective.per_token(stats.values.detach(), stats.supported)),
+            term_sums={name: self.sums(x) for name, x in zip(self.problem.terms[2:], further, strict=True)},
+            loss_sum=self.sums(self.per_token(stats, objective)),
             kl_weight_sum=self.sums(lam),
             weight_sum=self.own_weight_sum,
             num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),

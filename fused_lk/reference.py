@@ -11,6 +11,8 @@ vocabulary, normalised over the target's *full* vocabulary; a token the target c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -104,28 +106,74 @@ def restricted(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(excluded, NEG_INF, draft_logits)
 
 
+def further_divergences(
+    draft_logits: Tensor,
+    log_p: Tensor,
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
+    draft_temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """The other terms of a loss, per row `[...]`, by name. All but "ce" compare q with pt; m = beta pt + (1 - beta) q:
+
+        soft_ce    -sum_v pt_v log q_v
+        rkl        KL(q || pt)
+        jsd        beta KL(pt || m) + (1 - beta) KL(q || m)
+        l1         sum_v |pt_v - q_v|
+        ce         -log q_label; 0 where the label is negative. Without labels they are the target's argmax.
+
+    Rows whose target has no mass on the draft vocabulary give 0 and no gradient. Infinite rkl has no gradient.
+    """
+    log_q, log_p = F.log_softmax(promote(draft_logits) / draft_temperature, dim=-1), promote(log_p).detach()
+    supported = has_mass(log_p)
+    log_pt = F.log_softmax(torch.where(supported.unsqueeze(-1), log_p, 0.0), -1)
+    q, pt = log_q.exp(), log_pt.exp()
+
+    def expectation(probs: Tensor, x: Tensor) -> Tensor:
+        """sum_v probs_v x_v, where only those v count that have a probability."""
+        return (probs * torch.where(probs > 0, x, 0.0)).sum(-1)
+
+    safe_q = torch.where(q > 0, log_q, 0.0)
+    impossible = ((q > 0) & (pt == 0)).any(-1)
+    log_m = torch.logaddexp(log_pt + math.log(jsd_beta), torch.where(q > 0, log_q, NEG_INF) + math.log1p(-jsd_beta))
+    log_m = torch.where(log_m == NEG_INF, 0.0, log_m)
+    labels = log_pt.argmax(-1) if labels is None else labels
+    values = {
+        "soft_ce": -expectation(pt, log_q),
+        "rkl": expectation(q, safe_q - torch.where(pt > 0, log_pt, 0.0)).masked_fill(impossible, math.inf),
+        "jsd": jsd_beta * expectation(pt, log_pt - log_m) + (1 - jsd_beta) * expectation(q, safe_q - log_m),
+        "l1": (pt - q).abs().sum(-1),
+        "ce": torch.where(labels >= 0, -log_q.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1), 0.0),
+    }
+    return {name: torch.where(supported, x, 0.0) for name, x in values.items()}
+
+
 def has_mass(log_p: Tensor) -> Tensor:
     """Whether each row's target has any mass on the draft vocabulary, bool `[...]`; True for NaN."""
     return (log_p != NEG_INF).any(-1)
 
 
 def masked_divergences(
-    draft_logits: Tensor, log_p: Tensor, kept: Tensor, draft_temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """`divergences` of the rows `[N]` that are `kept`; 0 on the others, whatever they hold."""
-    values = divergences(draft_logits[kept], log_p[kept], draft_temperature)
-    empty = torch.zeros_like(kept, dtype=torch.promote_types(draft_logits.dtype, log_p.dtype))
-    empty = promote(empty)
-    log_alpha, kl = (empty.masked_scatter(kept, x.to(empty.dtype)) for x in values)
-    return log_alpha, kl
+    draft_logits: Tensor,
+    log_p: Tensor,
+    kept: Tensor,
+    draft_temperature: float = 1.0,
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
+) -> dict[str, Tensor]:
+    """All terms of the rows `[N]` that are `kept`, by name; 0 on the others, whatever they hold."""
+    z, log_p = draft_logits[kept], log_p[kept]
+    log_acceptance, kl = divergences(z, log_p, draft_temperature)
+    others = further_divergences(z, log_p, None if labels is None else labels[kept], jsd_beta, draft_temperature)
+    empty = promote(torch.zeros_like(kept, dtype=torch.promote_types(draft_logits.dtype, log_p.dtype)))
+    values = {"log_acceptance": log_acceptance, "kl": kl, **others}
+    return {name: empty.masked_scatter(kept, x.to(empty.dtype)) for name, x in values.items()}
 
 
 class ReferenceLoss(NamedTuple):
     """All quantities of `lk_loss`, per position `[K]` or per token `[N]`; see `fused_lk.LKOutput`."""
 
     loss: Tensor
-    log_acceptance: Tensor
-    kl: Tensor
+    terms: dict[str, Tensor]
     acceptance_sum: Tensor
     kl_sum: Tensor
     kl_weight: Tensor
@@ -134,12 +182,22 @@ class ReferenceLoss(NamedTuple):
     num_unsupported: Tensor
     loss_sum: Tensor
 
+    @property
+    def log_acceptance(self) -> Tensor:
+        return self.terms["log_acceptance"]
+
+    @property
+    def kl(self) -> Tensor:
+        return self.terms["kl"]
+
 
 def lk_loss(
     draft_logits: Tensor,
     log_p: Tensor,
     *,
-    objective: str = "lambda",
+    objective: str | Mapping[str, float] | Callable[[dict[str, Tensor]], Tensor] = "lambda",
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
     eta: float = 3.0,
     kl_scale: float = 1.0,
     lambda_per: str = "position",
@@ -154,9 +212,10 @@ def lk_loss(
 ) -> ReferenceLoss:
     """The LK loss of `[N, V_d]` draft logits against `[N, V_d]` target log-probabilities.
 
-    `weights` `[N]` (0 = ignored row, whatever it holds) and `positions` `[N]` are per row; `kl_weight` is lambda
-    itself: a float, `[num_positions]`, or `[N]` with `lambda_per="token"`. The options mean what they mean in
-    `fused_lk.lk_loss`.
+    `objective` names a loss, gives losses their weights, or makes the loss `[N]` of the terms. `weights` `[N]` (0 =
+    ignored row, whatever it holds), `positions` and `labels` `[N]` (columns; negative: none) are per row;
+    `kl_weight` is lambda itself: a float, `[num_positions]`, or `[N]` with `lambda_per="token"`. The options mean what
+    they mean in `fused_lk.lk_loss`.
     """
     num_rows = draft_logits.shape[0]
     device = draft_logits.device
@@ -165,7 +224,9 @@ def lk_loss(
     k = torch.zeros(num_rows, dtype=torch.long, device=device) if positions is None else positions
     kept = w > 0
 
-    log_alpha, kl = masked_divergences(draft_logits, log_p, kept, draft_temperature)
+    terms = masked_divergences(draft_logits, log_p, kept, draft_temperature, labels, jsd_beta)
+    log_alpha, kl = terms["log_acceptance"], terms["kl"]
+    mix = {objective: 1.0} if isinstance(objective, str) else {} if callable(objective) else objective
     counts = kept & has_mass(log_p)  # supervised, and the target has an answer
     log_alpha_safe = torch.where(counts, log_alpha, 0.0)
     alpha = torch.where(counts, log_alpha_safe.exp(), 0.0)
@@ -177,11 +238,7 @@ def lk_loss(
     weight_sum = per_position(w)
     acceptance_sum = per_position(w * alpha.detach())
 
-    if objective == "kl":
-        lam = torch.ones_like(w)
-    elif objective in ("tv", "alpha"):
-        lam = torch.zeros_like(w)
-    elif kl_weight is not None:
+    if kl_weight is not None:
         given = torch.as_tensor(kl_weight, dtype=acc, device=device)
         lam = given.expand(num_rows) if given.ndim == 0 or lambda_per == "token" else given[k]
     elif lambda_per == "position":
@@ -190,9 +247,18 @@ def lk_loss(
     else:
         lam = kl_scale * torch.exp(-eta * alpha.detach())
 
-    kl_term = torch.where(lam == 0, 0.0, lam * kl)  # KL is infinite where q excludes what p may say
-    token_loss = -log_alpha_safe if objective == "alpha" else kl_term + (1 - lam) * (1 - alpha)
+    losses = {
+        **terms,
+        "tv": 1 - alpha,
+        "alpha": -log_alpha_safe,
+        "lambda": torch.where(lam == 0, 0.0, lam * kl) + (1 - lam) * (1 - alpha),  # KL may be infinite
+    }
+    token_loss = objective(terms) if callable(objective) else torch.zeros_like(w)
+    for name, weight in mix.items():
+        if weight != 0:
+            token_loss = token_loss + weight * losses[name]
     token_loss = torch.where(counts, w * token_loss, 0.0)
+    kl_weights = mix.get("kl", 0.0) + mix.get("lambda", 0.0) * lam
 
     loss_sum = per_position(token_loss)
     divide_by = weight_sum if denominator is None else torch.as_tensor(denominator, dtype=acc, device=device)
@@ -208,11 +274,10 @@ def lk_loss(
     }[reduction]
     return ReferenceLoss(
         loss=loss,
-        log_acceptance=log_alpha,
-        kl=kl,
+        terms=terms,
         acceptance_sum=acceptance_sum,
         kl_sum=per_position(w * kl.detach()),
-        kl_weight=per_position(w * lam) / torch.where(weight_sum > 0, weight_sum, 1.0),
+        kl_weight=per_position(w * kl_weights) / torch.where(weight_sum > 0, weight_sum, 1.0),
         weight_sum=weight_sum,
         num_tokens=per_position(kept.to(torch.long)),
         num_unsupported=(kept & ~counts).sum(),

@@ -122,7 +122,7 @@ def stats(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> None:
             *(z, z.stride(0), t, t.stride(0), _vector(rows.t_index)),
             None if normalizer is None else _vector(normalizer.value),
             *_of_stats(out),
-            *(out.draft_argmax, out.target_argmax, z.shape[1]),
+            *(out.draft_argmax, out.target_argmax, _vector(rows.labels), *_two_floats(rows.jsd_beta), z.shape[1]),
             *(*_numbers(rows.z_transform), *_numbers(rows.t_transform)),
             0.0 if normalizer is None else normalizer.rounding,
         ),
@@ -154,6 +154,7 @@ def gradient(rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values:
         (
             *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(rows.t_index)),
             *(*_of_stats(stats), d_values, d_values.stride(0), stats.draft_argmax),
+            *(_vector(stats.target_argmax if rows.labels is None else rows.labels), *_two_floats(rows.jsd_beta)),
             *(z.shape[1], rows.first_column, *_numbers(rows.z_transform), *_numbers(rows.t_transform)),
         ),
         _constants(terms, acc),

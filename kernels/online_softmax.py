@@ -74,6 +74,19 @@ def tie_ramp(log_q, log_p, smaller, TIE: tl.constexpr):
 
 
 @triton.jit
+def log_mixture(log_q, log_pt, beta):
+    """`(log(m / q), log(m / pt))` of m = beta pt + (1 - beta) q. Where a probability is 0, its own may be infinite.
+
+    With d = log pt - log q: log1p(b expm1(-|d|)), where b is the share of the smaller of pt and q; plus max(d, 0) for
+    q, or max(-d, 0) for pt.
+    """
+    neither = (log_q == float("-inf")) & (log_pt == float("-inf"))
+    d = tl.where(neither, 0.0, log_pt - log_q)
+    larger = log1p(tl.where(d < 0, beta, 1.0 - beta) * expm1(-tl.abs(d)))
+    return larger + tl.maximum(d, 0.0), larger - tl.minimum(d, 0.0)
+
+
+@triton.jit
 def update(top, rest, x, scale):
     """One more `x` per lane: `(top, rest, bigger)`; rest = the sum of exp(scale * (x - top)) but for the maximum's own.
 

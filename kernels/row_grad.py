@@ -9,29 +9,43 @@ and 0 * inf is NaN. Rows without an answer (target_top = -inf) get exact zeros, 
 import triton
 import triton.language as tl
 
-from .online_softmax import capped, full_scale, load_logits, log_prob, slope, tie_ramp
+from .online_softmax import capped, full_scale, load_logits, log_mixture, log_prob, slope, tie_ramp
 
 
 @triton.jit
 def _block(
     z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner,
     draft_top, draft_log_total, target_top, target_log_total, log_mass, log_alpha, supported,
-    of_q, d_log_alpha, d_kl, top_column, of_top,
-    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
+    of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd, d_l1, beta, label_column, top_column, of_top,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
+    JSD: tl.constexpr, L1: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one row: of_q * q and d * c of each term, and of_top in the maximum's column."""
     z = load_logits(z_ptr, offs_v, n_cols, MASKED, of_q.dtype)
     t = capped(load_logits(t_ptr, offs_v, n_cols, MASKED, of_q.dtype), t_inner)
     log_q = log_prob(capped(z, z_inner), draft_top, draft_log_total, z_scale)
     log_pt = log_prob(t, target_top, target_log_total, t_scale)
-    gradient = of_q * tl.exp(log_q)
+    q = tl.exp(log_q)
+    gradient = of_q * q
     if LOG_ACCEPTANCE >= 0:
         log_p = log_pt + log_mass
         smaller = tl.where(log_q < log_p, log_q, log_p)
         w_r = tie_ramp(log_q, log_p, smaller, TIE) * tl.exp(tl.minimum(smaller - log_alpha, 0.0))
         gradient += d_log_alpha * w_r
-    if KL >= 0:
-        gradient -= d_kl * tl.exp(log_pt)
+    if (KL >= 0) | (SOFT_CE >= 0):
+        gradient -= d_pt * tl.exp(log_pt)
+    if CE >= 0:
+        gradient = tl.where(offs_v == label_column, gradient - d_ce, gradient)
+    if RKL >= 0:
+        ratio = log_q - log_pt
+        gradient += d_rkl * tl.where((q > 0) & (ratio < float("inf")), q * ratio, 0.0)
+    if JSD >= 0:
+        m_q, _ = log_mixture(log_q, log_pt, beta)
+        gradient += d_jsd * (beta - 1.0) * tl.where(q > 0, q * m_q, 0.0)
+    if L1 >= 0:
+        smaller = tl.where(log_q < log_pt, log_q, log_pt)
+        sign = tl.where(log_pt == float("-inf"), 1.0, 1.0 - 2.0 * tie_ramp(log_q, log_pt, smaller, TIE))
+        gradient += d_l1 * q * sign
     gradient = tl.where(offs_v == top_column, of_top, gradient)
     if z_inner is not None:
         gradient *= slope(z, z_inner)
@@ -57,15 +71,17 @@ def _add_term(of_q, of_top, d, saved_ptr, saved_stride):
     ],
     do_not_specialize_on_alignment=[
         *("t_index_ptr", "base_ptr", "values_ptr", "saved_ptr", "d_values_ptr", "draft_argmax_ptr"),
+        "label_ptr",
     ],
 )
 def row_grad_kernel(
     z_ptr, z_row_stride, t_ptr, t_row_stride, gradient_ptr, gradient_row_stride, t_index_ptr,
     base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
-    d_values_ptr, d_values_stride, draft_argmax_ptr,
+    d_values_ptr, d_values_stride, draft_argmax_ptr, label_ptr, beta_high, beta_low,
     n_cols, first_column,
     z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
-    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, ACC: tl.constexpr, TIE: tl.constexpr, BLOCK_V: tl.constexpr,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
+    JSD: tl.constexpr, L1: tl.constexpr, ACC: tl.constexpr, TIE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block of columns. `gradient_ptr` may be `z_ptr`: each element is read, then written."""
     row = tl.program_id(0).to(tl.int64)
@@ -102,7 +118,10 @@ def row_grad_kernel(
     d_values_stride, saved_stride = d_values_stride.to(tl.int64), saved_stride.to(tl.int64)
     term_stride = term_stride.to(tl.int64)
     of_q = tl.zeros([], ACC)
-    of_top, d_log_alpha, d_kl, log_alpha = of_q, of_q, of_q, of_q
+    of_top, d_log_alpha, log_alpha = of_q, of_q, of_q
+    d_pt, d_ce, d_rkl, d_jsd, d_l1 = of_q, of_q, of_q, of_q, of_q
+    beta = full_scale(beta_high, beta_low, ACC)
+    label_column = tl.full([], -1, tl.int32)
     if LOG_ACCEPTANCE >= 0:
         # log alpha is -inf also where q and p have no token in common; it has no gradient there.
         log_alpha = tl.load(values_ptr + row + LOG_ACCEPTANCE * values_stride.to(tl.int64))
@@ -112,20 +131,39 @@ def row_grad_kernel(
         d_log_alpha = tl.where(possible, d_log_alpha, 0.0)
         of_q, of_top = _add_term(of_q, of_top, d_log_alpha, saved_ptr + LOG_ACCEPTANCE * term_stride, saved_stride)
     if KL >= 0:
-        d_kl = tl.load(d_values_ptr + KL * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d_kl, saved_ptr + KL * term_stride, saved_stride)
+        d_pt = tl.load(d_values_ptr + KL * d_values_stride).to(ACC) * gain
+        of_q, of_top = _add_term(of_q, of_top, d_pt, saved_ptr + KL * term_stride, saved_stride)
+    if SOFT_CE >= 0:
+        d = tl.load(d_values_ptr + SOFT_CE * d_values_stride).to(ACC) * gain
+        of_q, of_top = _add_term(of_q, of_top, d, saved_ptr + SOFT_CE * term_stride, saved_stride)
+        d_pt += d
+    if CE >= 0:
+        d_ce = tl.load(d_values_ptr + CE * d_values_stride).to(ACC) * gain
+        of_q, of_top = _add_term(of_q, of_top, d_ce, saved_ptr + CE * term_stride, saved_stride)
+        label_column = (tl.load(label_ptr + row) - first_column).to(tl.int32)
+    if RKL >= 0:
+        d_rkl = tl.load(d_values_ptr + RKL * d_values_stride).to(ACC) * gain
+        infinite = tl.load(values_ptr + row + RKL * values_stride.to(tl.int64)) == float("inf")
+        d_rkl = tl.where(infinite, 0.0, d_rkl)
+        of_q, of_top = _add_term(of_q, of_top, d_rkl, saved_ptr + RKL * term_stride, saved_stride)
+    if JSD >= 0:
+        d_jsd = tl.load(d_values_ptr + JSD * d_values_stride).to(ACC) * gain
+        of_q, of_top = _add_term(of_q, of_top, d_jsd, saved_ptr + JSD * term_stride, saved_stride)
+    if L1 >= 0:
+        d_l1 = tl.load(d_values_ptr + L1 * d_values_stride).to(ACC) * gain
+        of_q, of_top = _add_term(of_q, of_top, d_l1, saved_ptr + L1 * term_stride, saved_stride)
     top_column = (tl.load(draft_argmax_ptr + row) - first_column).to(tl.int32)
 
     offs_v = start + tl.arange(0, BLOCK_V)
     if start + BLOCK_V <= n_cols:
         _block(
             z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
-            target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_kl, top_column, of_top,
-            LOG_ACCEPTANCE, KL, False, TIE,
+            target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd,
+            d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, L1, False, TIE,
         )  # fmt: skip
     else:
         _block(
             z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
-            target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_kl, top_column, of_top,
-            LOG_ACCEPTANCE, KL, True, TIE,
+            target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd,
+            d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, L1, True, TIE,
         )  # fmt: skip

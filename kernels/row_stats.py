@@ -34,6 +34,7 @@ from .online_softmax import (
     join,
     load_logits,
     log1p,
+    log_mixture,
     log_prob,
     tie_ramp,
     update_argmax,
@@ -55,9 +56,10 @@ def _first_pass(
 @triton.jit
 def _second_pass(
     z_ptr, t_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top, t_log_total,
-    log_mass, z_column,
-    top, alpha, sigma, kl,
-    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
+    log_mass, z_column, beta,
+    top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, RKL: tl.constexpr, JSD: tl.constexpr,
+    L1: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
     z = capped(load_logits(z_ptr, offs_v, n_cols, MASKED, top.dtype), z_inner)
     t = capped(load_logits(t_ptr, offs_v, n_cols, MASKED, top.dtype), t_inner)
@@ -77,7 +79,33 @@ def _second_pass(
         # Where pt is 0 the logarithm may be -inf, or -inf - (-inf).
         pt = tl.exp(log_pt)
         kl += tl.where(pt > 0, pt * (log_pt - log_q), 0.0)
-    return top, alpha, sigma, kl
+    if SOFT_CE >= 0:
+        pt = tl.exp(log_pt)
+        soft_ce -= tl.where(pt > 0, pt * log_q, 0.0)
+    if (RKL >= 0) | (JSD >= 0) | (L1 >= 0):
+        # What the maximum's column adds is made from complements, at the end.
+        q = tl.where(offs_v == z_column, 0.0, tl.exp(log_q))
+        pt = tl.where(offs_v == z_column, 0.0, tl.exp(log_pt))
+        if RKL >= 0:
+            rkl += tl.where(q > 0, q * (log_q - log_pt), 0.0)
+        if JSD >= 0:
+            m_q, m_pt = log_mixture(log_q, log_pt, beta)
+            c = (beta - 1.0) * tl.where(q > 0, q * m_q, 0.0)
+            jsd_c += c
+            jsd += c - beta * tl.where(pt > 0, pt * m_pt, 0.0)
+        if L1 >= 0:
+            l1 += tl.abs(pt - q)
+            w = tie_ramp(log_q, log_pt, tl.where(log_q < log_pt, log_q, log_pt), TIE)
+            l1_c += q * tl.where(log_pt == float("-inf"), 1.0, 1.0 - 2.0 * w)
+    return top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c
+
+
+@triton.jit
+def _top_weight(log_q, log_p, TIE: tl.constexpr):
+    """w in the column of the draft's maximum: the ramp is relative to the larger of both, which may be near 0."""
+    width = tl.maximum(tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)
+    difference = tl.where(log_p == float("-inf"), -1.0, (log_p - log_q) / width)
+    return 0.5 + 0.5 * tl.minimum(tl.maximum(difference, -1.0), 1.0)
 
 
 @triton.jit
@@ -96,16 +124,17 @@ def _store(
     do_not_specialize=["base_stride", "values_stride", "saved_stride", "term_stride"],
     do_not_specialize_on_alignment=[
         *("t_index_ptr", "normalizer_ptr", "base_ptr", "values_ptr", "saved_ptr", "draft_argmax_ptr"),
-        "target_argmax_ptr",
+        *("target_argmax_ptr", "label_ptr"),
     ],
 )
 def row_stats_kernel(
     z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr,
     base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
-    draft_argmax_ptr, target_argmax_ptr,
+    draft_argmax_ptr, target_argmax_ptr, label_ptr, beta_high, beta_low,
     n_cols, z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
     rounding,
-    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, IS_MASS: tl.constexpr,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
+    JSD: tl.constexpr, L1: tl.constexpr, IS_MASS: tl.constexpr,
     ACC: tl.constexpr, TIE: tl.constexpr, EXCESS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row of z; it is scored against row `t_index[row]` of t, or its own. A term is
@@ -170,16 +199,19 @@ def row_stats_kernel(
     broken = (z_rest != z_rest) | (t_rest != t_rest) | (log_mass != log_mass) | excessive
     top = tl.full([BLOCK_V], LOWEST, ACC)
     alpha = tl.zeros([BLOCK_V], ACC)
-    sigma, kl = alpha, alpha
+    sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c = alpha, alpha, alpha, alpha, alpha, alpha, alpha, alpha
+    beta = full_scale(beta_high, beta_low, ACC)
     for start in range(0, whole, BLOCK_V):
-        top, alpha, sigma, kl = _second_pass(
+        top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c = _second_pass(
             z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top,
-            t_log_total, log_mass, z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, False, TIE,
+            t_log_total, log_mass, z_column, beta, top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c,
+            LOG_ACCEPTANCE, KL, SOFT_CE, RKL, JSD, L1, False, TIE,
         )  # fmt: skip
     if whole < n_cols:
-        top, alpha, sigma, kl = _second_pass(
+        top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c = _second_pass(
             z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top,
-            t_log_total, log_mass, z_column, top, alpha, sigma, kl, LOG_ACCEPTANCE, KL, True, TIE,
+            t_log_total, log_mass, z_column, beta, top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c,
+            LOG_ACCEPTANCE, KL, SOFT_CE, RKL, JSD, L1, True, TIE,
         )  # fmt: skip
 
     # The column of the draft's maximum.
@@ -198,9 +230,7 @@ def row_stats_kernel(
         sum_sigma = tl.sum(sigma * rescale, 0)
         log_rest = highest + tl.log(tl.sum(alpha * rescale, 0))
         log_p = log_pt + log_mass
-        width = tl.maximum(tl.maximum(tl.abs(log_q), tl.abs(log_p)) * TIE, 1e-37)
-        difference = tl.where(log_p == float("-inf"), -1.0, (log_p - log_q) / width)
-        w = 0.5 + 0.5 * tl.minimum(tl.maximum(difference, -1.0), 1.0)
+        w = _top_weight(log_q, log_p, TIE)
         smaller = tl.minimum(log_q, log_p)
         missed = tl.maximum(-expm1(smaller) - tl.exp(log_rest), 0.0)  # 1 - alpha
         larger = tl.maximum(smaller, log_rest)
@@ -219,4 +249,48 @@ def row_stats_kernel(
         _store(
             values_ptr, values_stride, saved_ptr, saved_stride, term_stride, KL,
             tl.sum(kl, 0), -1.0, -expm1(log_pt) - not_q, nan, supported, 0.0,
+        )  # fmt: skip
+    if SOFT_CE >= 0:
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, SOFT_CE,
+            tl.sum(soft_ce, 0), -1.0, -expm1(log_pt) - not_q, nan, supported, 0.0,
+        )  # fmt: skip
+    q = 1.0 / (1.0 + z_rest)
+    if CE >= 0:
+        label = t_column.to(tl.int64)
+        if label_ptr is not None:
+            label = tl.load(label_ptr + row)
+        labelled = label >= 0
+        z_label = capped(tl.load(z_ptr + tl.where(labelled, label, 0)).to(ACC), z_inner)
+        value = tl.where(labelled, -log_prob(z_label, z_top, z_log_total, z_scale), 0.0)
+        of_top = tl.where(labelled, tl.where(label == z_column, -not_q, q), 0.0)
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, CE,
+            value, tl.where(labelled, -1.0, 0.0), of_top, nan, supported, 0.0,
+        )  # fmt: skip
+    if RKL >= 0:
+        rest = tl.sum(rkl, 0)
+        of_top = q * (log_q - log_pt)
+        value = of_top + rest
+        possible = value != float("inf")
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, RKL, value,
+            tl.where(possible, value, 0.0), tl.where(possible, of_top * not_q - q * rest, 0.0), nan, supported, 0.0,
+        )  # fmt: skip
+    if JSD >= 0:
+        m_q, m_pt = log_mixture(log_q, log_pt, beta)
+        of_top = (beta - 1.0) * q * m_q
+        of_pt = beta * tl.where(log_pt > float("-inf"), tl.exp(log_pt) * m_pt, 0.0)
+        rest = tl.sum(jsd_c, 0)
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, JSD,
+            tl.sum(jsd, 0) + (of_top - of_pt), of_top + rest, of_top * not_q - q * rest, nan, supported, 0.0,
+        )  # fmt: skip
+    if L1 >= 0:
+        of_top = q * (1.0 - 2.0 * _top_weight(log_q, log_pt, TIE))
+        rest = tl.sum(l1_c, 0)
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, L1,
+            tl.sum(l1, 0) + tl.abs(-expm1(log_pt) - not_q), of_top + rest, of_top * not_q - q * rest,
+            nan, supported, 0.0,
         )  # fmt: skip

@@ -123,7 +123,7 @@ CALLS = [
     ("workspace: bool", lambda g: {"workspace_mb": True}, TypeError, "workspace_mb"),
     ("logits_dtype", lambda g: {"logits_dtype": "float32"}, ValueError, "logits_dtype to be"),
     ("logits_dtype: half", lambda g: {"logits_dtype": torch.float16}, ValueError, "logits_dtype to be"),
-    ("objective", lambda g: {"objective": "jsd"}, ValueError, "objective to be one of 'kl', 'tv', 'alpha', 'lambda'"),
+    ("objective", lambda g: {"objective": "hinge"}, ValueError, "objective to be one of 'kl', 'tv', 'alpha', 'lambda'"),
     ("lambda_per", lambda g: {"lambda_per": "batch"}, ValueError, "lambda_per to be one of 'position', 'token'"),
     ("reduction", lambda g: {"reduction": "batchmean"}, ValueError, "reduction to be one of 'mean', 'position'"),
     ("plan", lambda g: {"plan": "fast"}, ValueError, "plan to be one of 'auto', 'one_pass', 'recompute'"),

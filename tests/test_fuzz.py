@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fused_lk import reference
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, RowStats, Transform, tie_width
+from fused_lk.rows.interface import MEASURED, LogitRows, Normalizer, RowStats, Transform, tie_width
 
 NAN, NEG_INF = float("nan"), float("-inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +85,9 @@ def rows_of_logits(draw, sizes):
     return {
         **{"z": z, "t": t, "index": index, "scales": scales, "generator": generator},
         "has_normalizer": draw(st.booleans(), label="normalizer"),
-        "terms": draw(st.sampled_from([TERMS, TERMS, TERMS[::-1], *((name,) for name in TERMS)]), label="terms"),
+        "terms": draw(
+            st.sampled_from([MEASURED, MEASURED, MEASURED[::-1], *((name,) for name in MEASURED)]), label="terms"
+        ),
         "wants_target_argmax": draw(st.booleans(), label="target argmax"),
         "gap": draw(st.sampled_from([1, 8, 64]), label="gap"),
         "offset": draw(st.sampled_from([0, 1, 8]), label="offset"),
@@ -210,7 +212,7 @@ def test_row_operations(impl, data):
     assert torch.equal(stats.draft_argmax, lowest_argmax(z))
     if case["wants_target_argmax"]:
         assert torch.equal(stats.target_argmax, lowest_argmax(rows))
-    gradient, allowed = truth.gradient(*(d.get(name, torch.zeros(n)).double() for name in TERMS), scales[0])
+    gradient, allowed = truth.gradient(*(d.get(name, torch.zeros(n)).double() for name in MEASURED), scales[0])
     rounding = torch.finfo(dtype).eps * gradient.abs() + torch.finfo(dtype).smallest_normal
     assert_within("gradient", g, gradient, allowed + rounding)
     assert not g[~supported].any()

@@ -7,7 +7,7 @@ import torch
 from fused_lk.kernels import launch
 
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform, accumulation_dtype
+from fused_lk.rows.interface import MEASURED, LogitRows, Normalizer, Transform, accumulation_dtype
 from fused_lk.walk.plan import empty_statistics
 
 BF16, HALF, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -18,8 +18,8 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (BF16, HALF, FP32, FP64)}
 
 
 def statistics(ops, z, t, normalizer, acc):
-    out = empty_statistics(len(z), TERMS, acc, z.device, target_argmax=True)
-    ops.stats(LogitRows(z, t, None, Normalizer(normalizer, False, 0.0), *TRANSFORMS), TERMS, out)
+    out = empty_statistics(len(z), MEASURED, acc, z.device, target_argmax=True)
+    ops.stats(LogitRows(z, t, None, Normalizer(normalizer, False, 0.0), *TRANSFORMS), MEASURED, out)
     return out
 
 
@@ -64,9 +64,9 @@ def test_mixed_dtypes_agree_with_their_twin(z_dtype, t_dtype, g_dtype, tiles, mo
     d = torch.linspace(0.5, 1.5, 5, dtype=acc)
     d = torch.stack([d, 2 - d])
     g = torch.full((5, size), float("nan"), dtype=g_dtype)
-    launch.gradient(LogitRows(z, t, None, None, *TRANSFORMS), TERMS, got, d, g)
+    launch.gradient(LogitRows(z, t, None, None, *TRANSFORMS), MEASURED, got, d, g)
     expected = torch.empty(5, size, dtype=FP64)
-    plain.gradient(LogitRows(z.double(), t.double(), None, None, *TRANSFORMS), TERMS, want, d.double(), expected)
+    plain.gradient(LogitRows(z.double(), t.double(), None, None, *TRANSFORMS), MEASURED, want, d.double(), expected)
     assert not g[4].any()
     # one rounding to the gradient's dtype, and the arithmetic's own error
     torch.testing.assert_close(g[:4].double(), expected[:4], rtol=EPS[g_dtype], atol=close)
@@ -89,12 +89,12 @@ def test_rows_more_than_two_to_the_31_elements_apart():
     near = [values[0].clone(), values[1].clone()]
     results = []
     for a, b in ((z, t), near):
-        out = empty_statistics(3, TERMS, FP32, a.device, target_argmax=True)
+        out = empty_statistics(3, MEASURED, FP32, a.device, target_argmax=True)
         rows = LogitRows(a, b, index, None, *TRANSFORMS)
-        launch.stats(rows, TERMS, out)
+        launch.stats(rows, MEASURED, out)
         lse, at = torch.empty(3), torch.empty(3, dtype=torch.long)
         launch.lse_argmax(a, TRANSFORMS[0], None, lse, None, at)
-        launch.gradient(rows, TERMS, out, torch.ones(2, 3), a)
+        launch.gradient(rows, MEASURED, out, torch.ones(2, 3), a)
         results.append([*out, lse, at, a.clone()])
     for far, close in zip(*results, strict=True):
         assert torch.equal(far, close)

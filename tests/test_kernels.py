@@ -9,7 +9,7 @@ import torch
 from fused_lk.kernels import launch
 
 from fused_lk.rows import plain
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform
+from fused_lk.rows.interface import MEASURED, LogitRows, Normalizer, Transform
 from fused_lk.walk.plan import empty_statistics
 
 NEG_INF = float("-inf")
@@ -32,7 +32,7 @@ def assert_guards_hold(storage, view):
     assert not view.isnan().any()
 
 
-def poisoned_stats(n, dtype, terms=TERMS):
+def poisoned_stats(n, dtype, terms=MEASURED):
     """Statistics as views from the second element on, with canaries at both ends."""
     whole = empty_statistics(n + 2, terms, dtype, torch.device(DEVICE), target_argmax=True)
     for x in whole:
@@ -63,7 +63,7 @@ def inputs(size, dtype):
 BASE = ("draft_top", "draft_log_total", "target_top", "target_log_total", "log_mass")
 
 
-def named(stats, terms=TERMS):
+def named(stats, terms=MEASURED):
     """Each number of a row by its name, `[n]`."""
     names = [*BASE, *terms, *(f"{what} of {name}" for what in ("sigma", "top") for name in terms)]
     rows = [*stats.base, *stats.values, *stats.saved.flatten(0, 1)]
@@ -85,7 +85,7 @@ class Loss(NamedTuple):
         return self.d.masked_fill(self.lost, float("nan"))
 
 
-def run(ops, z, t, index, normalizer, acc, terms=TERMS):
+def run(ops, z, t, index, normalizer, acc, terms=MEASURED):
     """Statistics and gradient of `ops`."""
     n, size = z.shape
     whole, out = poisoned_stats(n, acc, terms)
@@ -141,7 +141,7 @@ def test_kernels_agree_with_their_twin(dtype, size, has_index, has_normalizer):
     whole = g.clone()
     for start in range(0, size, 700):
         block = LogitRows(z[:, start : start + 700], t[:, start : start + 700], index, None, *TRANSFORMS, start)
-        launch.gradient(block, TERMS, out, d_values, block.z)
+        launch.gradient(block, MEASURED, out, d_values, block.z)
     assert torch.equal(z, whole)
 
 
@@ -155,14 +155,14 @@ def test_a_term_is_the_same_without_the_others(size, ops, monkeypatch):
     normalizer = Normalizer(torch.where(lse > NEG_INF, lse + 0.25, 0), False, 0.0)
     out, g, _ = run(ops, z, t, None, normalizer, torch.float64)
     of_all, gradients = named(out), {}
-    for terms in (TERMS[::-1], *((name,) for name in TERMS)):
+    for terms in (MEASURED[::-1], *((name,) for name in MEASURED)):
         out, gradients[terms], d_values = run(ops, z, t, None, normalizer, torch.float64, terms)
         for name, x in named(out, terms).items():
             torch.testing.assert_close(x, of_all[name], msg=lambda m, name=name: f"{name}: {m}")
         again = torch.empty_like(z)
         ops.gradient(LogitRows(z, t, None, None, *TRANSFORMS), terms, out, d_values, again)
         torch.testing.assert_close(again, gradients[terms])
-    torch.testing.assert_close(gradients.pop(TERMS[::-1]), g)
+    torch.testing.assert_close(gradients.pop(MEASURED[::-1]), g)
     torch.testing.assert_close(sum(gradients.values()), g)
 
 
@@ -178,7 +178,7 @@ def test_blocks_of_few_columns(ops):
     for start in range(0, 8, 4):
         columns = slice(start, start + 4)
         block = LogitRows(z[:, columns], t[:, columns], None, None, *TRANSFORMS, start)
-        ops.gradient(block, TERMS, out, d_values, again[:, columns])
+        ops.gradient(block, MEASURED, out, d_values, again[:, columns])
     torch.testing.assert_close(again, g)
 
 
@@ -227,7 +227,7 @@ def test_disjoint_rows_keep_their_gradient():
 def test_ties_have_half_weight():
     z = torch.randn(1, 1031, device=DEVICE)
     _, out = poisoned_stats(1, torch.float32)
-    launch.stats(LogitRows(z, z.clone(), None, None, Transform(), Transform()), TERMS, out)
+    launch.stats(LogitRows(z, z.clone(), None, None, Transform(), Transform()), MEASURED, out)
     assert named(out)["sigma of log_acceptance"].item() == pytest.approx(0.5, rel=0, abs=1e-6)
 
 
@@ -237,10 +237,10 @@ def test_columns_that_are_not_adjacent_and_no_rows():
     got, g, _ = run(launch, apart, t.t().contiguous().t(), None, None, torch.float64)
     _want, expected, d_values = run(launch, z, t, None, None, torch.float64)
     assert torch.equal(g, expected)
-    launch.gradient(LogitRows(apart, t, None, None, *TRANSFORMS), TERMS, got, d_values, apart)
+    launch.gradient(LogitRows(apart, t, None, None, *TRANSFORMS), MEASURED, got, d_values, apart)
     assert torch.equal(apart, expected)
-    empty = empty_statistics(0, TERMS, torch.float64, z.device, True)
-    launch.stats(LogitRows(z[:0], t[:0], None, None, *TRANSFORMS), TERMS, empty)
+    empty = empty_statistics(0, MEASURED, torch.float64, z.device, True)
+    launch.stats(LogitRows(z[:0], t[:0], None, None, *TRANSFORMS), MEASURED, empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -74,7 +74,7 @@ def test_it_reaches_each_term_alone(ops, terms):
     value[1] = NAN
     value[2] -= 3
     z[3, 7] = t[4, 7] = NAN
-    out = empty_statistics(5, terms, torch.float32, z.device, False)
+    out = empty_statistics(5, terms, torch.float32, z.device, "ce" in terms)
     ops.stats(LogitRows(z, t, None, Normalizer(value, False, 0.0), Transform(), Transform()), terms, out)
     gradient = torch.empty_like(z)
     ops.gradient(

@@ -43,7 +43,7 @@ def test_rows_further_apart_than_32_bits(far, far_apart):
     for ops, place in ((launch, far_apart), (plain, lambda x: x)):
         into = {"z": z, "t": t, "gradient": torch.zeros_like(z)}
         into[far] = place(into[far])
-        out = empty_statistics(ROWS, TERMS, torch.float32, z.device, False)
+        out = empty_statistics(ROWS, TERMS, torch.float32, z.device, True)
         ones = torch.ones(len(TERMS), ROWS, device=DEVICE)
         rows = LogitRows(into["z"], into["t"], None, None, Transform(), Transform())
         ops.stats(rows, TERMS, out)

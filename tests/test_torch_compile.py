@@ -199,12 +199,12 @@ def test_opcheck(kind, dtype, work):
         problem.sources[0].clone().requires_grad_(), problem.weight.clone().requires_grad_(), problem.bias.clone(),
         problem.target, "compute", None, pairs, 0.9, "torch", 0.01,
     )  # fmt: skip
-    asked = replace(asked, finds_target_argmax=kind == "topk")
+    asked = replace(asked, scores_argmax=kind == "topk")
     flat = operators._flat(asked, operators.prepare(asked, False)[0], saves=True)
     torch.library.opcheck(operators.row_divergences.operator, flat)
     acc = torch.promote_types(torch.promote_types(dtype, torch.float32), problem.target.tiles.dtype)
     weights = torch.linspace(0, 1, asked.num_rows, dtype=acc)
-    for rule in ((weights, "lambda", 3.0, 1.0), (None, "alpha", 3.0, 1.0)):
+    for rule in ((weights, ["lambda"], [1.0], 3.0, 1.0), (None, ["alpha"], [1.0], 3.0, 1.0)):
         torch.library.opcheck(operators.one_pass_loss.operator, (*flat, weights, *rule))
     draft, *rest = flat
     flat = ([x.detach() for x in draft], *rest)

@@ -59,7 +59,8 @@ class _Divergences(torch.autograd.Function):
         if any(problem.needs):
             ctx.problem, ctx.plan, ctx.num_tensors = replace(problem, tensors=()), plan, len(tensors)
             # Autograd refuses a saved tensor that changed in place before the backward. So the target is saved too.
-            ctx.save_for_backward(*problem.tensors, *stats[:4], *problem.target.tiles.tensors())
+            ctx.num_stats = 4 + problem.learns_argmax
+            ctx.save_for_backward(*problem.tensors, *stats[: ctx.num_stats], *problem.target.tiles.tensors())
         ctx.mark_non_differentiable(*(x for x in stats if x is not None and x is not stats.values))
         return tuple(stats)
 
@@ -68,7 +69,7 @@ class _Divergences(torch.autograd.Function):
     def backward(ctx: Any, _base: None, d_values: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked once: under activation checkpointing, each time unpacks all anew
         problem = replace(ctx.problem, tensors=saved[: ctx.num_tensors], needs=ctx.needs_input_grad[2:])
-        stats = RowStats(*saved[ctx.num_tensors :][:4])
+        stats = RowStats(*saved[ctx.num_tensors :][: ctx.num_stats])
         return None, None, *gradients(problem, ctx.plan, stats, d_values)
 
 

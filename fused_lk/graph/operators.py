@@ -31,12 +31,12 @@ from . import autograd
 
 # A `Problem` as operators take it: the tensors first. `_flat` and `_problem` go there and back.
 _PROBLEM = (
-    "Tensor[] draft, Tensor[] target, Tensor? normalizer, Tensor? valid, Tensor? target_rows, int num_sources, "
-    "bool linear, ScalarType? logits_dtype, float draft_scale, float? draft_inner, str target_kind, "
+    "Tensor[] draft, Tensor[] target, Tensor? normalizer, Tensor? valid, Tensor? target_rows, Tensor? labels, "
+    "int num_sources, bool linear, ScalarType? logits_dtype, float draft_scale, float? draft_inner, str target_kind, "
     "int target_vocab_size, float target_scale, float? target_inner, bool is_mass, float rounding, bool skip_masked, "
-    "str impl, int? budget, bool[] needs, bool finds_target_argmax"
+    "str impl, int? budget, bool[] needs, str[] terms, float jsd_beta, bool scores_argmax"
 )
-_NUM_ARGUMENTS, _NUM_TENSORS, _NEEDS = 21, 5, 19
+_NUM_ARGUMENTS, _NUM_TENSORS, _NUM_SOURCES, _NEEDS, _TERMS = 24, 6, 6, 20, 21
 
 
 def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
@@ -47,10 +47,11 @@ def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
     has_rows = _has_rows(len(problem.tensors), k)
     draft = [x.reshape(-1, x.shape[-1]) if rows else x for x, rows in zip(problem.tensors, has_rows, strict=True)]
     return (
-        *(draft, list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows),
+        *(draft, list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows, problem.labels),
         *(k, problem.linear, problem.logits_dtype, *problem.transform),
         *(tiles.kind, tiles.vocab_size, *target.transform, normalizer.is_mass, normalizer.rounding),
-        *(problem.pairs.skip_masked, problem.impl, problem.budget, list(problem.needs), problem.finds_target_argmax),
+        *(problem.pairs.skip_masked, problem.impl, problem.budget, list(problem.needs)),
+        *(list(problem.terms), problem.jsd_beta, problem.scores_argmax),
     )
 
 
@@ -61,14 +62,15 @@ def _has_rows(num_tensors: int, num_sources: int) -> list[bool]:
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
-    draft, target_tensors, value, valid, target_rows, k, linear, logits_dtype, *transform = arguments[:10]
-    kind, size, *of_target, is_mass, rounding, skip_masked, impl, budget, needs, finds_argmax = arguments[10:]
+    draft, target_tensors, value, valid, target_rows, labels, k, linear, logits_dtype, *transform = arguments[:11]
+    kind, size, *of_target, is_mass, rounding, skip_masked, impl, budget, needs, terms, beta, argmax = arguments[11:]
     normalizer = None if value is None else Normalizer(value, is_mass, rounding)
     target = Target.rebuilt(kind, target_tensors, size, Transform(*of_target), normalizer)
     pairs = Pairs(valid, target_rows, skip_masked=skip_masked)
     shape = (sum(x.shape[0] for x in draft[:k]),)
     given = (tuple(draft), k, linear, logits_dtype, Transform(*transform))
-    return Problem(*given, target, pairs, shape, impl, budget, tuple(needs), finds_argmax)
+    of_terms = (tuple(terms), labels, beta, argmax)
+    return Problem(*given, target, pairs, shape, impl, budget, tuple(needs), *of_terms)
 
 
 def _planned(arguments: Sequence[Any], one_pass: bool = False) -> tuple[Problem, Plan]:
@@ -79,10 +81,17 @@ def _planned(arguments: Sequence[Any], one_pass: bool = False) -> tuple[Problem,
 
 def _empty_stats(arguments: Sequence[Any]) -> list[Tensor]:
     """Unwritten results per row, for tracing."""
-    draft, target, num_sources = arguments[0], arguments[1], arguments[5]
+    draft, target, labels, num_sources = (
+        arguments[0],
+        arguments[1],
+        arguments[_NUM_TENSORS - 1],
+        arguments[_NUM_SOURCES],
+    )
     acc = gemm.wide_dtype(draft[0].dtype, target[0].dtype)
     num_rows = sum(x.shape[0] for x in draft[:num_sources])
-    stats = empty_statistics(num_rows, Problem.terms, acc, draft[0].device, arguments[-1])
+    terms, _, scores_argmax = arguments[_TERMS:]
+    finds_argmax = scores_argmax or ("ce" in terms and labels is None)
+    stats = empty_statistics(num_rows, tuple(terms), acc, draft[0].device, finds_argmax)
     return [x for x in stats if x is not None]
 
 
@@ -96,10 +105,11 @@ def divergences(problem: Problem, layout: Layout, *_: Tensor) -> list[Tensor]:
     return row_divergences(*_flat(problem, layout, saves=any(problem.needs)))
 
 
-def one_pass(problem: Problem, layout: Layout, objective: Objective, *_: Tensor) -> tuple[Tensor, ...]:
-    name, eta, kl_scale, weights, kl_weight = objective
-    flat = _flat(problem, layout, saves=False)
-    loss, stats, _, _ = one_pass_loss(*flat, weights, kl_weight, name, eta, kl_scale)
+def one_pass(problem: Problem, layout: Layout, objective: Objective, *tensors: Tensor) -> tuple[Tensor, ...]:
+    mix, terms, eta, kl_scale, weights, kl_weight = objective
+    assert terms == problem.terms
+    of_mix = [name for name, _ in mix], [weight for _, weight in mix]
+    loss, stats, *_ = one_pass_loss(*_flat(problem, layout, saves=False), weights, kl_weight, *of_mix, eta, kl_scale)
     return loss, *stats
 
 
@@ -117,7 +127,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @opaque(f"({_PROBLEM}, Tensor[] saved, Tensor d_values) -> Tensor[]")
 def row_gradients(*arguments: Any) -> list[Tensor]:
-    """The gradients of the draft's tensors that `needs` names; `saved` are the first four statistics."""
+    """The gradients of the draft's tensors that `needs` names; `saved` are the statistics."""
     *call, saved, d_values = arguments
     problem, plan = _planned(call)
     stats = RowStats(*(plan.layout.per_pair(x) for x in saved))
@@ -131,16 +141,17 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 @opaque(
-    f"({_PROBLEM}, Tensor weights, Tensor? kl_weight, str objective, float eta, float kl_scale) "
-    "-> (Tensor, Tensor[], Tensor, Tensor[])"
+    f"({_PROBLEM}, Tensor weights, Tensor? kl_weight, str[] components, float[] of_components, float eta, "
+    "float kl_scale) -> (Tensor, Tensor[], Tensor, Tensor[])"
 )
 def one_pass_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """`(loss, RowStats as a list per draft row, scale, held)`, the last without those that are not needed."""
-    *call, weights, kl_weight, name, eta, kl_scale = arguments
+    *call, weights, kl_weight, components, of_components, eta, kl_scale = arguments
     problem, plan = _planned(call, one_pass=True)
     of_pair = plan.layout.per_pair
     lam = None if kl_weight is None else of_pair(kl_weight)
-    objective = Objective(name, eta, kl_scale, of_pair(weights), lam)
+    mix = tuple(zip(components, of_components, strict=True))
+    objective = Objective(mix, problem.terms, eta, kl_scale, of_pair(weights), lam)
     scale = near_unit_scale(objective.weights)
     stats, made = by_rows.one_pass(problem, plan, objective._replace(weights=objective.weights / scale))
     held = [x for x in made.done() if x is not None]
@@ -150,8 +161,8 @@ def one_pass_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[T
 
 @one_pass_loss.register_fake
 def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    *call, weights, _, _, _, _ = arguments
-    draft, num_sources = call[0], call[5]
+    *call, weights, _, _, _, _, _ = arguments
+    draft, num_sources = call[0], call[_NUM_SOURCES]
     held = []
     for x, need, rows in zip(draft, call[_NEEDS], _has_rows(len(draft), num_sources), strict=True):
         if need:
@@ -170,19 +181,19 @@ def _per_row(layout: Layout, stats: RowStats, num_rows: int) -> list[Tensor]:
 
 def _save_divergences(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i != RowStats._fields.index("values")))
-    draft, target, _, valid, target_rows, *ctx.static = inputs
-    ctx.save_for_backward(*draft, *target, valid, target_rows, *output[:4])
+    draft, target, _, valid, target_rows, labels, *ctx.static = inputs
+    ctx.save_for_backward(*draft, *target, valid, target_rows, labels, *output)
     ctx.num_draft, ctx.num_target = len(draft), len(target)
 
 
 def _divergences_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     draft, saved = saved[: ctx.num_draft], saved[ctx.num_draft :]
-    target, (valid, target_rows, *stats) = saved[: ctx.num_target], saved[ctx.num_target :]
+    target, (valid, target_rows, labels, *stats) = saved[: ctx.num_target], saved[ctx.num_target :]
     needs = list(ctx.needs_input_grad[0])
     ctx.static[_NEEDS - _NUM_TENSORS] = needs
     d_values = gradients[RowStats._fields.index("values")]
-    made = row_gradients.operator(draft, target, None, valid, target_rows, *ctx.static, stats, d_values)
+    made = row_gradients.operator(draft, target, None, valid, target_rows, labels, *ctx.static, stats, d_values)
     return _to_inputs(made, needs, len(target), _NUM_ARGUMENTS)
 
 

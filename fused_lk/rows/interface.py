@@ -9,14 +9,24 @@ share a large offset:
     log pt = t_scale * (t - target_top) - target_log_total            (p renormalised on the draft vocabulary)
     log p  = log pt + log_mass                                        log_mass = log sum_v p_v <= 0
 
-A term is a divergence D = sum_v f(q_v, p_v). Its gradient in z_scale * z is c_v - sigma q_v, with c_v = q_v df/dq_v and
-sigma = sum_v c_v. All terms are in `TERMS`; a call names those that it wants:
+A term is a divergence D = sum_v f(q_v, p_v). Its gradient in z_scale * z is c_v - sigma q_v, with c_v = q_v df/dq_v (or
+that plus any multiple of q_v) and sigma = sum_v c_v. All terms are in `TERMS`; a call names those that it wants:
 
-    term             value                      c        sigma      top: c - sigma q in the column of draft_top
-    log_acceptance   log alpha                  w r      sum w r    w r (1 - q) - q (sigma - w r)
-    kl               sum pt (log pt - log q)    -pt      -1         (1 - pt) - (1 - q)
+    term             value                           c                       sigma      top
+    log_acceptance   log alpha                       w r                     sum c
+    kl               sum pt (log pt - log q)         -pt                     -1         (1 - pt) - (1 - q)
+    soft_ce          -sum pt log q                   -pt                     -1         (1 - pt) - (1 - q)
+    ce               -log q[label]                   -1 at the label         -1         -(1 - q) at the label, else q
+    rkl              sum q (log q - log pt)          q (log q - log pt)      value
+    jsd              sum b pt log(pt / m)            (1 - b) q log(q / m)    sum c
+                         + (1 - b) q log(q / m)
+    l1               sum |pt - q|                    (1 - 2 w') q            sum c
 
-    alpha = sum min(p, q),   r = min(p, q) / alpha
+    alpha = sum min(p, q),   r = min(p, q) / alpha,   m = b pt + (1 - b) q,   b = jsd_beta
+    top: c - sigma q in the column of draft_top; where no other form is given, c (1 - q) - q (sigma - c)
+
+A row without a label has no cross-entropy, and one of infinite `rkl` no gradient of it. l1 is 2 (1 - alpha) where p is
+pt, that is, where the target has all its mass on the draft vocabulary; w' is the w of pt.
 
 w is the derivative of min(p, q) with respect to q: 1 where q < p, 0 where q > p, 1/2 where they are equal. Rounding
 must not flip it, because the gradient pass may see other last bits of z than the statistics pass did:
@@ -41,7 +51,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-TERMS = ("log_acceptance", "kl")
+MEASURED = ("log_acceptance", "kl")  # the terms of every call: lambda and the metrics are made of them
+TERMS = (*MEASURED, "soft_ce", "ce", "rkl", "jsd", "l1")
 NEG_INF = float("-inf")
 EXCESS = 0.01  # in log: what a sum of probabilities may exceed 1 by, beside the rounding of its terms
 
@@ -96,7 +107,8 @@ class LogitRows(NamedTuple):
     """Rows of logits as the row operations read them: `z` `[n, V]` against `t[t_index]` (`t` without an index).
 
     Without a normaliser p is pt. Gradients do not read it: they have log_mass. `first_column` says which column of the
-    draft vocabulary the first one here is; statistics need whole rows.
+    draft vocabulary the first one here is; statistics need whole rows. `labels` (int64 `[n]`, negative: none) are the
+    columns that "ce" asks for; None: the target's argmax.
     """
 
     z: Tensor
@@ -106,15 +118,18 @@ class LogitRows(NamedTuple):
     z_transform: Transform
     t_transform: Transform
     first_column: int = 0
+    labels: Tensor | None = None
+    jsd_beta: float = 0.5
 
     def rows(self, start: int, stop: int) -> LogitRows:
         """Rows `start:stop` of these, as views."""
-        index, normalizer = self.t_index, self.normalizer
+        index, normalizer, labels = self.t_index, self.normalizer, self.labels
         return self._replace(
             z=self.z[start:stop],
             t=self.t[start:stop] if index is None else self.t,
             t_index=None if index is None else index[start:stop],
             normalizer=None if normalizer is None else normalizer.rows(start, stop),
+            labels=None if labels is None else labels[start:stop],
         )
 
 
@@ -128,7 +143,7 @@ class RowStats(NamedTuple):
         values: `[T, n]`, of the `T` terms that the call named.
         saved: `[2, T, n]`: sigma, then top, of each term.
         draft_argmax: int64 `[n]`: the lowest column of the largest draft logit.
-        target_argmax: the same of the target's logits here; None where nobody asks for it.
+        target_argmax: the same of the target's logits here; None where nobody asks for it ("ce" without labels does).
     """
 
     base: Tensor

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,17 +95,18 @@ class _Factors(NamedTuple):
     """What a gradient needs per row. It is made once a call, because so many small operations take 0.2 ms."""
 
     numbers: Tensor  # [2 + T, n]: the factor of q, the gradient in the column of q's maximum, the factors of the terms
-    column: Tensor  # int64 [n], that column, counted in this block of columns
-    inside: Tensor  # bool [n], whether it lies there
+    columns: Tensor  # int64 [2, n], that column, and the label's, counted in this block of columns
+    inside: Tensor  # bool [2, n], whether they lie there
 
     @classmethod
     def of(cls, rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values: Tensor) -> _Factors:
         d_values = torch.where(stats.supported, d_values * rows.z_transform.gain, 0.0)
         sigma, top = (stats.saved * d_values).sum(1)
         of_terms = [TERM_OF[name].factor(*x) for name, *x in zip(terms, stats.values, d_values, strict=True)]
-        column = stats.draft_argmax - rows.first_column
-        inside = (column >= 0) & (column < rows.z.shape[1])
-        return cls(torch.stack([sigma.neg(), top, *of_terms]), torch.where(inside, column, 0), inside)
+        label = stats.target_argmax if rows.labels is None else rows.labels
+        columns = torch.stack([stats.draft_argmax, stats.draft_argmax if label is None else label]) - rows.first_column
+        inside = (columns >= 0) & (columns < rows.z.shape[1])
+        return cls(torch.stack([sigma.neg(), top, *of_terms]), torch.where(inside, columns, 0), inside)
 
     def rows(self, start: int, stop: int) -> _Factors:
         return _Factors._make(x.narrow(-1, start, stop - start) for x in self)
@@ -116,7 +117,7 @@ def _blocks_of(rows: LogitRows, terms: tuple[str, ...], stats: RowStats) -> Iter
     buffers: list[Tensor] = []
     for start, stop in _blocks(rows.z):
         if not buffers:  # the first block is the largest
-            count = SHARED_BUFFERS + sum(TERM_OF[name].has_buffer for name in terms)
+            count = num_buffers(terms)
             buffers = [stats.base.new_empty(stop - start, rows.z.shape[1]) for _ in range(count)]
         yield _Block(rows, terms, stats, start, stop, [x[: stop - start] for x in buffers])
 
@@ -142,7 +143,7 @@ class _Block:
         self.terms = []
         for name, value, sigma, top in zip(terms, self.out.values, *self.out.saved, strict=True):
             term = TERM_OF[name]
-            self.terms.append(term(value, sigma, top, of_terms.pop() if term.has_buffer else self.of_pt))
+            self.terms.append(term(value, sigma, top, [of_terms.pop() for _ in range(term.num_buffers)]))
 
     def statistics(self) -> None:
         """Write the statistics."""
@@ -168,6 +169,7 @@ class _Block:
 
         # In the column of q's maximum, 1 - q and 1 - p keep the digits that q and p have lost.
         self.column = z_at.unsqueeze(1)
+        self.label = t_at if self.rows.labels is None else self.rows.labels
         self.log_pt_top = _at(self.t, z_at) - self.t_log_total
         for term in self.terms:
             term.statistics(self)
@@ -183,17 +185,23 @@ class _Block:
 
     def gradient(self, factors: _Factors, gradient_out: Tensor) -> None:
         """Write the gradient. Nothing of q is left then."""
-        columns = [term.columns(self) for term in self.terms]
         of_q, top, *of_terms = factors.numbers.unsqueeze(2)
+        columns = [(term.columns(self), d) for term, d in zip(self.terms, of_terms, strict=True)]
+        dense = [(x, d) for x, d in columns if x is not None]
         total = self.q.mul_(of_q)
-        for x, factor in zip(columns[:-1], of_terms[:-1], strict=True):
-            total.addcmul_(x, factor)
-        into = gradient_out if gradient_out.dtype == total.dtype else total
+        for x, d in dense[:-1]:
+            total.addcmul_(x, d)
+        into = gradient_out if dense and gradient_out.dtype == total.dtype else total
         inner = self.rows.z_transform.inner
         # Before the gradient is written, perhaps over the logits. Nobody needs the centred ones any more.
         of_cap = None if inner is None else _slope(_load(self.rows.z, None, self.of_z), inner, self.of_z)
-        torch.addcmul(total, columns[-1], of_terms[-1], out=into)
-        column, inside = factors.column.unsqueeze(1), factors.inside.unsqueeze(1)
+        if dense:
+            torch.addcmul(total, *dense[-1], out=into)
+        column, label = factors.columns.unsqueeze(2)
+        inside, has_label = factors.inside.unsqueeze(2)
+        for x, d in columns:
+            if x is None:
+                into.scatter_add_(1, label, torch.where(has_label, d, 0.0))
         into.scatter_(1, column, torch.where(inside, top, into.gather(1, column)))
         if of_cap is not None:
             into.mul_(of_cap)
@@ -254,24 +262,47 @@ class _Block:
 
 @dataclass
 class _Term:
-    """A term on a block of rows: its results `[b]`, and a buffer `[b, V]` if it `has_buffer`.
+    """A term on a block of rows: its results `[b]`, and `num_buffers` buffers `[b, V]`.
 
     `statistics` writes the results. `factor(value, d) * columns(block)` is d * c, what the term adds to the gradient
-    outside the column of q's maximum. `without_answer` is the value where the target has no mass. A term does not hold
-    its block: two objects that refer to each other would keep their buffers until Python's next collection.
+    outside the column of q's maximum. (None for columns: only at the label.) `without_answer` is the value where the
+    target has no mass. A term does not hold its block: two objects that refer to each other would keep their buffers
+    until Python's next collection.
     """
 
+    num_buffers, without_answer = 1, 0.0
     value: Tensor
     sigma: Tensor
     top: Tensor
-    buffer: Tensor
+    buffers: list[Tensor]
+    made: Tensor | None = field(default=None, init=False)  # the columns, where the statistics have made them
+
+    @property
+    def buffer(self) -> Tensor:
+        return self.buffers[0]
+
+    @staticmethod
+    def factor(value: Tensor, d: Tensor) -> Tensor:
+        return d
+
+    def columns(self, block: _Block) -> Tensor | None:
+        return self.make_columns(block) if self.made is None else self.made
+
+    def make_columns(self, block: _Block) -> Tensor | None:
+        raise NotImplementedError
+
+    def finish(self, block: _Block, columns: Tensor, top: Tensor) -> None:
+        """Sigma, and the gradient in the column of q's maximum, where c is `top`; there `columns` becomes 0."""
+        self.made = columns
+        rest = columns.scatter_(1, block.column, 0.0).sum(1)
+        torch.add(top, rest, out=self.sigma)
+        torch.sub(top * block.q_rest, block.q_top * rest, out=self.top)
 
 
 class _LogAcceptance(_Term):
     """In linear space w r = 2 w q / (2 alpha), and the columns are 2 w q. Where alpha is too small, they are w r."""
 
-    has_buffer, without_answer = True, NEG_INF
-    twice_w_q: Tensor | None = None  # made by the statistics, where they come first
+    without_answer = NEG_INF
 
     def statistics(self, block: _Block) -> None:
         tie = block.tie
@@ -286,8 +317,8 @@ class _LogAcceptance(_Term):
         missed = (-torch.expm1(top) - rest).clamp_(min=0.0)  # 1 - alpha
         torch.where(missed < 0.5, torch.log1p(-missed), alpha.log(), out=self.value)
 
-        self.twice_w_q = self._twice_w_q(block)
-        w_rest = self.twice_w_q.scatter_(1, block.column, 0.0).sum(1).mul_(0.5)
+        self.made = self._twice_w_q(block)
+        w_rest = self.made.scatter_(1, block.column, 0.0).sum(1).mul_(0.5)
         w_top = w * top.exp()
         torch.div(w_top + w_rest, alpha, out=self.sigma)
         torch.div(w_top * block.q_rest - block.q_top * w_rest, alpha, out=self.top)
@@ -312,7 +343,7 @@ class _LogAcceptance(_Term):
         return torch.addcmul(block.q, ramp, block.q, value=1 / tie, out=ramp)
 
     def columns(self, block: _Block) -> Tensor:
-        columns = self._twice_w_q(block) if self.twice_w_q is None else self.twice_w_q
+        columns = self._twice_w_q(block) if self.made is None else self.made
         if (rows := block.some(~_is_linear(self.value))) is not None:
             log_q, log_p, _ = block.log_probs(rows)
             columns[rows] = _w_r(log_q, log_p, self.value[rows], block.tie)
@@ -326,21 +357,24 @@ class _LogAcceptance(_Term):
 class _KL(_Term):
     """c = -pt, sigma = -1: the gradient is q - pt."""
 
-    has_buffer, without_answer = False, 0.0
+    num_buffers = 0
 
     def statistics(self, block: _Block) -> None:
+        self.value_of(block)
+        self.sigma.fill_(-1.0)
+        torch.sub(-torch.expm1(block.log_pt_top), block.q_rest, out=self.top)  # (1 - pt) - (1 - q)
+
+    def value_of(self, block: _Block) -> None:
         product = block.log_ratio.mul_(block.pt)
         del block.log_ratio  # A term that comes later makes it again.
         torch.sum(product, 1, out=self.value)
-        self.sigma.fill_(-1.0)
-        torch.sub(-torch.expm1(block.log_pt_top), block.q_rest, out=self.top)  # (1 - pt) - (1 - q)
         if (rows := block.some(~torch.isfinite(self.value))) is not None:
             # Some log q are -inf: only those count that the target may say.
             log_q, _, log_pt = block.log_probs(rows)
             pt = log_pt.exp()
             self.value[rows] = torch.where(pt == 0, 0.0, pt * (log_pt - log_q)).sum(1)
 
-    def columns(self, block: _Block) -> Tensor:
+    def make_columns(self, block: _Block) -> Tensor:
         return block.pt
 
     @staticmethod
@@ -348,11 +382,122 @@ class _KL(_Term):
         return -d
 
 
-TERM_OF: dict[str, type[_LogAcceptance] | type[_KL]] = {"log_acceptance": _LogAcceptance, "kl": _KL}
+class _SoftCE(_KL):
+    """The gradient is that of KL. The centred z are at most 0, so that the value is a sum of positive numbers."""
 
-# Buffers of a block: centred z and t, q, pt, log pt - log q; and those of all terms.
-SHARED_BUFFERS = 5
-NUM_BUFFERS = SHARED_BUFFERS + sum(term.has_buffer for term in TERM_OF.values())
+    num_buffers = 1
+
+    def value_of(self, block: _Block) -> None:
+        surprise = torch.mul(block.pt, block.z, out=self.buffer).nan_to_num_(nan=0.0, neginf=NEG_INF).sum(1)
+        torch.sub(block.z_log_total, surprise, out=self.value)
+
+
+class _CE(_Term):
+    """c = -1 at the label. A negative label asks for nothing."""
+
+    num_buffers = 0
+
+    def statistics(self, block: _Block) -> None:
+        labelled, at_top = block.label >= 0, block.label == block.column.squeeze(1)
+        log_q = _at(block.z, block.label.clamp(min=0)) - block.z_log_total
+        self.value.copy_(torch.where(labelled, -log_q, 0.0))
+        self.sigma.copy_(-labelled.to(log_q.dtype))
+        self.top.copy_(torch.where(labelled, torch.where(at_top, -block.q_rest, block.q_top), 0.0))
+
+    def make_columns(self, block: _Block) -> None:
+        return None
+
+    @staticmethod
+    def factor(value: Tensor, d: Tensor) -> Tensor:
+        return -d
+
+
+class _ReverseKL(_Term):
+    """c = q (log q - log pt). It is infinite where q can say what p cannot; there is no gradient then."""
+
+    def statistics(self, block: _Block) -> None:
+        self.finish(block, self.make_columns(block), block.q_top * (-block.z_log_total - block.log_pt_top))
+        self.value.copy_(self.sigma)
+        for x in (self.sigma, self.top):
+            x.masked_fill_(self.value.isinf(), 0.0)
+
+    def make_columns(self, block: _Block) -> Tensor:
+        ratio = torch.sub(block.z, block.t, out=self.buffer)
+        ratio.add_((block.t_log_total - block.z_log_total).unsqueeze(1)).mul_(block.q)
+        return ratio.nan_to_num_(nan=0.0, posinf=math.inf)  # 0 where q is 0
+
+    def columns(self, block: _Block) -> Tensor:
+        columns = self.make_columns(block) if self.made is None else self.made
+        infinite = self.value.isinf()
+        return columns.masked_fill_(infinite.unsqueeze(1), 0.0) if _any(infinite) else columns
+
+
+class _JensenShannon(_Term):
+    """c = (1 - beta) q log(q / m).
+
+    With d = log pt - log q and x = -|d|, log(m / q) = l + max(d, 0) and log(m / pt) = l + max(-d, 0), where
+    l = log1p(b expm1(x)), and b is the share of the smaller of pt and q in m.
+    """
+
+    num_buffers = 2
+
+    def statistics(self, block: _Block) -> None:
+        beta = block.rows.jsd_beta
+        columns = self.make_columns(block)
+        of_top = _log_mixture(block.log_pt_top + block.z_log_total, beta)
+        q_part = (beta - 1) * block.q_top * of_top[0]
+        p_part = -beta * block.log_pt_top.exp() * torch.where(block.log_pt_top == NEG_INF, 0.0, of_top[1])
+        self.finish(block, columns, q_part)
+        of_p = self.buffers[1].mul_(block.pt).mul_(-beta).nan_to_num_(nan=0.0).scatter_(1, block.column, 0.0)
+        torch.add(self.sigma, of_p.sum(1).add_(p_part), out=self.value)
+
+    def make_columns(self, block: _Block) -> Tensor:
+        """Leaves log(m / pt) in the second buffer."""
+        beta = block.rows.jsd_beta
+        torch.sub(block.t, block.z, out=self.buffer).add_((block.z_log_total - block.t_log_total).unsqueeze(1))
+        of_q, _ = _log_mixture(self.buffer.nan_to_num_(nan=0.0, posinf=math.inf, neginf=NEG_INF), beta, *self.buffers)
+        return of_q.mul_(block.q).mul_(beta - 1).nan_to_num_(nan=0.0)
+
+
+class _L1(_Term):
+    """c = (1 - 2 w) q, where w compares q with pt."""
+
+    def statistics(self, block: _Block) -> None:
+        difference = torch.sub(block.pt, block.q, out=self.buffer).abs_().scatter_(1, block.column, 0.0).sum(1)
+        of_top = (-torch.expm1(block.log_pt_top) - block.q_rest).abs_()
+        torch.add(difference, of_top, out=self.value)
+        w = _top_weight(-block.z_log_total, block.log_pt_top, block.tie)
+        self.finish(block, self.make_columns(block), (1 - 2 * w) * block.q_top)
+
+    def make_columns(self, block: _Block) -> Tensor:
+        ramp = torch.clamp(block.log_ratio, -block.tie, block.tie, out=self.buffer)
+        return ramp.mul_(block.q).mul_(-1 / block.tie)
+
+
+TERM_OF: dict[str, Any] = {
+    "log_acceptance": _LogAcceptance,
+    "kl": _KL,
+    "soft_ce": _SoftCE,
+    "ce": _CE,
+    "rkl": _ReverseKL,
+    "jsd": _JensenShannon,
+    "l1": _L1,
+}
+
+
+def num_buffers(terms: tuple[str, ...]) -> int:
+    """Buffers of a block: centred z and t, q, pt, log pt - log q; and those of the terms."""
+    return 5 + sum(TERM_OF[name].num_buffers for name in terms)
+
+
+def _log_mixture(d: Tensor, beta: float, of_q: Tensor | None = None, of_p: Tensor | None = None) -> Any:
+    """`(log(m / q), log(m / pt))` of `d` = log pt - log q, in the given buffers; the first may be `d` itself."""
+    p_is_smaller = d < 0
+    share = torch.where(p_is_smaller, beta, 1.0 - beta)
+    larger = d.abs().neg_().expm1_().mul_(share).log1p_()
+    over = torch.clamp(d, max=0.0, out=of_p).neg_()
+    of_q = torch.clamp(d, min=0.0, out=of_q)
+    return of_q.add_(larger), over.add_(larger)
 
 
 def _is_linear(log_alpha: Tensor) -> Tensor:

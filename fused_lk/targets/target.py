@@ -38,8 +38,8 @@ class Target:
         shape: the leading shape of what was given. Flattened, it has `num_tokens` rows.
         draft_vocab_size: the size of the vocabulary that the draft's logits must have.
         device, dtype: where its logits are, and what they are computed in.
-        log_normalizer: `[...]`, logsumexp over the full target vocabulary of what its softmax sees (0 for probabilities,
-            and for top-k without one; NaN for rows that `mask` leaves out).
+        log_normalizer: `[...]`, logsumexp over the full target vocabulary of what its softmax sees (0 for
+            probabilities, and for top-k without one; NaN for rows that `mask` leaves out).
         token_ids: int64 `[...]`, the target's argmax as target ids, -1 where it was given as not known; None where it
             was neither given nor computed.
         in_draft_vocab: bool `[...]`, whether that argmax is in the draft vocabulary; None like `token_ids`.

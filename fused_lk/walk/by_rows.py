@@ -65,7 +65,9 @@ def logit_rows(
         of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
         problem.target.tiles.restrict(z, pairs if of_pairs is None else of_pairs[pairs], columns)
     t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
-    return LogitRows(z, t, index, None, problem.transform, problem.target.transform, columns.start)
+    labels = None if problem.labels is None else plan.layout.per_pair(problem.labels)[chunk.start : chunk.stop]
+    transforms = (problem.transform, problem.target.transform)
+    return LogitRows(z, t, index, None, *transforms, columns.start, labels, problem.jsd_beta)
 
 
 def _chunks(

@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 from .. import gemm
 from ..rows import plain
-from ..rows.interface import TERMS
 from .plan import Plan
 
-# Numbers per pair: the statistics `base [5]`, `values [T]` and `saved [2, T]`, then weights, coefficients, gradients.
-_SAVED = 5 + 3 * len(TERMS)
+# Numbers per pair beside the statistics: weights, coefficients, gradients.
 _VECTORS = 6
 
 Parts = tuple[tuple[str, int], ...]
@@ -41,6 +39,7 @@ class Costs:
         self.one_gemm = 2 * f.num_pairs * f.hidden_size * f.vocab_size
         self.pairs, self.targets = plan.chunk
         self.gathers = plan.layout.flat_rows is not None
+        self.saved = 5 + 3 * len(f.terms)  # numbers per pair: `base [5]`, `values [T]` and `saved [2, T]`
 
     @property
     def draft_gemms(self) -> int:
@@ -70,7 +69,8 @@ class Costs:
             return 0
         if self.plan.one_pass:
             return self.d_hidden + self.d_weight(gemm.held_dtype(self.facts.dtype).itemsize)
-        return self.facts.num_pairs * (_SAVED * self.facts.accumulator.itemsize + 8)
+        columns = 8 * (1 + ("ce" in self.facts.terms))  # the draft's argmax, and the label
+        return self.facts.num_pairs * (self.saved * self.facts.accumulator.itemsize + columns)
 
     def at_peak(self) -> Parts:
         """What is alive when the most is."""
@@ -145,7 +145,7 @@ class Costs:
         return (
             ("target tile", rows * gemm.row_stride(target.vocab_size) * itemsize),
             ("draft columns", draft_columns),
-            ("rows", self._rows(target.vocab_size)[1] // plain.NUM_BUFFERS * 3),
+            ("rows", self._rows(target.vocab_size, buffers=3)[1]),
         )
 
     def _cached(self) -> int:
@@ -161,13 +161,14 @@ class Costs:
             return 0
         return targets * self.target.hidden_size * self.facts.dtype.itemsize
 
-    def _rows(self, columns: int) -> tuple[str, int]:
+    def _rows(self, columns: int, buffers: int | None = None) -> tuple[str, int]:
         """The buffers of the PyTorch row operations. The kernels have none."""
         on_gpu = self.facts.impl == "auto" and not gemm.is_cpu(self.facts.device)
         if self.facts.impl == "triton" or on_gpu:
             return "rows", 0
         rows = max(1, plain.BLOCK_ELEMENTS // columns)
-        return "rows", plain.NUM_BUFFERS * rows * columns * self.facts.accumulator.itemsize
+        buffers = plain.num_buffers(self.facts.terms) if buffers is None else buffers
+        return "rows", buffers * rows * columns * self.facts.accumulator.itemsize
 
     def _scratch(self, m: int, k: int, n: int) -> int:
         f = self.facts
@@ -175,7 +176,7 @@ class Costs:
 
     def _vector_bytes(self) -> int:
         argmaxes = 2 * 8
-        return self.facts.num_pairs * ((_SAVED + _VECTORS) * self.facts.accumulator.itemsize + argmaxes)
+        return self.facts.num_pairs * ((self.saved + _VECTORS) * self.facts.accumulator.itemsize + argmaxes)
 
 
 def _size(part: tuple[str, int]) -> int:

@@ -67,6 +67,7 @@ class Facts:
         accumulator: the dtype of the statistics of a row.
         tiles: the dtypes of the tiles.
         needs_hidden, needs_weight: which gradients are wanted. (For logits of the caller, the first is theirs.)
+        terms: the divergences that are computed.
     """
 
     pairs: Pairs
@@ -82,6 +83,7 @@ class Facts:
     impl: str
     device: torch.device
     budget: int | None
+    terms: tuple[str, ...]
 
     @classmethod
     def of(cls, problem: Problem) -> Facts:
@@ -105,6 +107,7 @@ class Facts:
             impl=problem.impl,
             device=x.device,
             budget=problem.budget,
+            terms=problem.terms,
         )
 
     @property
@@ -162,7 +165,7 @@ class Plan:
 
     def empty_statistics(self, problem: Problem) -> RowStats:
         """Unwritten statistics of every pair."""
-        facts, argmax = self.facts, problem.finds_target_argmax
+        facts, argmax = self.facts, problem.scores_argmax or problem.learns_argmax
         return empty_statistics(self.layout.num_pairs, problem.terms, facts.accumulator, facts.device, argmax)
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks, gemm
 from ..impls import IMPLS
 from ..pairs.pairs import EVERY_ROW, Pairs
-from ..rows.interface import TERMS, Transform
+from ..rows.interface import MEASURED, TERMS, Transform
 from ..targets.target import Target
 
 
@@ -31,8 +31,10 @@ class Problem:
         shape: the draft's shape without its last dimension. Results per token have it.
         budget: the bound on the logits in bytes; None: the device decides.
         needs: which of `tensors` want a gradient.
-        finds_target_argmax: whether the walk looks for the target's argmax.
         terms: the names of the divergences that are computed.
+        labels: int64, per draft row, the draft token that "ce" asks for, or -1; None: the target's argmax.
+        jsd_beta: as in `lk_loss`.
+        scores_argmax: whether the walk is to find the target's argmax for the caller.
     """
 
     tensors: tuple[Tensor, ...]
@@ -46,8 +48,10 @@ class Problem:
     impl: str
     budget: int | None
     needs: tuple[bool, ...]
-    finds_target_argmax: bool = False
-    terms: tuple[str, ...] = TERMS
+    terms: tuple[str, ...] = MEASURED
+    labels: Tensor | None = None
+    jsd_beta: float = 0.5
+    scores_argmax: bool = False
 
     @property
     def low_rank(self) -> slice:
@@ -62,6 +66,11 @@ class Problem:
     def accumulator(self) -> torch.dtype:
         """The dtype of the statistics of a row."""
         return gemm.wide_dtype(self.tensors[0].dtype, self.target.tiles.dtype)
+
+    @property
+    def learns_argmax(self) -> bool:
+        """Whether the gradient reads the target's argmax, as a label."""
+        return "ce" in self.terms and self.labels is None
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +142,9 @@ def _checked(
     draft_temperature: float,
     impl: str,
     workspace_mb: float | str,
+    terms: Sequence[Sequence[str]] = (),
+    labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Problem:
@@ -165,11 +177,40 @@ def _checked(
     grad = torch.is_grad_enabled()
     needs = tuple(grad and x.requires_grad for x in tensors)
     given = (tensors, num_sources, is_linear, logits_dtype, transform)
-    made = Problem(*given, target, pairs, shape, impl, budget, needs)
+    jsd_beta = checks.share("jsd_beta", jsd_beta)
+    if labels is not None:
+        labels = _columns(labels, shape, target, device)
+    made = Problem(*given, target, pairs, shape, impl, budget, needs, all_terms(*terms), labels, jsd_beta)
     check_target_rows(pairs, made.num_rows, tiles.num_rows, target.computed)
     if checks.checks_contents(tensors[0], only_if_asked=True):
         _refuse_nonfinite(made)
     return made
+
+
+def all_terms(*further: Sequence[str]) -> tuple[str, ...]:
+    """The terms of every call, then those of `further` that are not among them."""
+    names = list(MEASURED)
+    for group in further:
+        if isinstance(group, str):
+            checks.fail("terms to be a sequence of names", group, f"Pass ({group!r},).", TypeError)
+        for name in group:
+            checks.choice("terms", name, TERMS)
+        names += group
+    return tuple(dict.fromkeys(names))
+
+
+def _columns(labels: Any, shape: tuple[int, ...], target: Target, device: torch.device) -> Tensor:
+    """Labels as columns of the draft vocabulary, `[N]`; -1 where it does not have them."""
+    checks.tensor("labels", labels, dtypes=[torch.int64, torch.int32])
+    checks.shape("labels", labels, shape, "the draft's shape without its last dimension")
+    checks.same_device(device, labels=labels)
+    ids = labels.detach().reshape(-1).long()
+    size = target.tiles.vocab_size if target.vocab is None else target.vocab.target_size
+    inside = (ids >= 0) & (ids < size)
+    if checks.checks_contents(ids) and bool((ids >= size).any()):
+        expected = f"labels below {size}, the size of the target's vocabulary"
+        checks.fail(expected, f"a label {int(ids.max())}", "They are target ids. Use -100 for none.")
+    return torch.where(inside, ids if target.vocab is None else target.vocab.draft_ids[torch.where(inside, ids, 0)], -1)
 
 
 def check_target_rows(pairs: Pairs, num_rows: int, num_targets: int, computed: Any = None) -> None:
