@@ -14,7 +14,6 @@ from .pairs.layout import ratio
 from .pairs.pairs import Pairs
 from .reference import expected_acceptance_length, prefix_products
 
-
 Sums = TypeVar("Sums", bound="LKSums")
 
 
