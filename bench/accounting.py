@@ -107,7 +107,7 @@ class Accounting(TorchDispatchMode):
         else:
             flops = 0
         if func is _ITEM and isinstance(args[0], FakeTensor):
-            return False  # no row needs another path; see fused_lk.rows.plain._any
+            return False  # no row needs another path; see fused_lk.rows.terms.any_row
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func._overloadname == "dtype_out":  # a product's own float32 result: without kernel or shape rule on a CPU
             self.work.append(Work(flops, sum(x.nbytes for x in tensors)))

@@ -98,7 +98,7 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
         kl_weight_sum=out.kl_weight * out.weight_sum,
         term_sums={
             name: position_sums(rows.weights * out.terms[name].detach(), rows.positions, num_positions)
-            for name in problem.terms[2:]
+            for name in problem.further_terms
         },
         weight_sum=out.weight_sum,
         num_tokens=out.num_tokens,
@@ -140,5 +140,5 @@ class _Rows:
         shape = self.problem.shape
         log_acceptance, kl, *further = (terms[name].view(shape) for name in self.problem.terms)
         acceptance = torch.where(self.weights.view(shape) > 0, log_acceptance.exp(), 0)
-        of_name = dict(zip(self.problem.terms[2:], further, strict=True))
+        of_name = dict(zip(self.problem.further_terms, further, strict=True))
         return Divergences(log_acceptance, kl, acceptance, self.draft_ids.view(shape), of_name)

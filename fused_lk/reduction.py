@@ -166,7 +166,7 @@ def _divergences(problem: Problem, layout: Layout, stats: RowStats) -> Divergenc
 
     log_acceptance, kl, *further = stats.values
     acceptance, ids = per_row(log_acceptance.exp()), per_row(problem.target.to_target_ids(stats.draft_argmax))
-    terms = {name: per_row(x) for name, x in zip(problem.terms[2:], further, strict=True)}
+    terms = {name: per_row(x) for name, x in zip(problem.further_terms, further, strict=True)}
     return Divergences(per_row(log_acceptance), per_row(kl), acceptance, ids, terms)
 
 
@@ -287,7 +287,7 @@ class _Tokens:
             acceptance_sum=self.sums(acceptance),
             accuracy_sum=self.sums(correct),
             kl_sum=self.sums(kl),
-            term_sums={name: self.sums(x) for name, x in zip(self.problem.terms[2:], further, strict=True)},
+            term_sums={name: self.sums(x) for name, x in zip(self.problem.further_terms, further, strict=True)},
             loss_sum=self.sums(self.per_token(stats, objective)),
             kl_weight_sum=self.sums(lam),
             weight_sum=self.own_weight_sum,

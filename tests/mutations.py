@@ -68,7 +68,8 @@ class Mutation(NamedTuple):
 
 
 SOFTMAX, STATS, GRAD, LSE = (f"kernels/{x}.py" for x in ("online_softmax", "row_stats", "row_grad", "lse_argmax"))
-LAUNCH, PLAIN, INTERFACE = "kernels/launch.py", "fused_lk/rows/plain.py", "fused_lk/rows/interface.py"
+LAUNCH, INTERFACE = "kernels/launch.py", "fused_lk/rows/interface.py"
+PLAIN = "fused_lk/rows/plain.py fused_lk/rows/terms.py"
 
 # fmt: off
 KERNELS = [
@@ -235,7 +236,7 @@ TWIN = [
     Mutation("offset", PLAIN, "factors.rows(block.start, block.stop)", "factors.rows(0, block.stop - block.start)", FUZZ_TORCH),
     Mutation("offset", PLAIN, "loss.rows(block.start, block.stop)", "loss.rows(0, block.stop - block.start)", ORDER_TORCH),
     Mutation("offset", PLAIN, "block.gradient(factors, gradient_out[block.start : block.stop])", "block.gradient(factors, gradient_out[: block.stop - block.start])", ORDER_TORCH),
-    Mutation("sign", PLAIN, "def make_columns(self, block: _Block) -> Tensor:\n        return block.pt\n\n    @staticmethod\n    def factor(value: Tensor, d: Tensor) -> Tensor:\n        return -d", "def make_columns(self, block: _Block) -> Tensor:\n        return block.pt\n\n    @staticmethod\n    def factor(value: Tensor, d: Tensor) -> Tensor:\n        return d", FUZZ_TORCH),
+    Mutation("sign", PLAIN, "def make_columns(self, block: Any) -> Tensor:\n        return block.pt\n\n    @staticmethod\n    def factor(value: Tensor, d: Tensor) -> Tensor:\n        return -d", "def make_columns(self, block: Any) -> Tensor:\n        return block.pt\n\n    @staticmethod\n    def factor(value: Tensor, d: Tensor) -> Tensor:\n        return d", FUZZ_TORCH),
     Mutation("sign", PLAIN, "self.sigma.fill_(-1.0)", "self.sigma.fill_(1.0)", FUZZ_TORCH),
     Mutation("term", PLAIN, "del block.log_ratio", "pass", ORDER_TORCH),
     Mutation("term", PLAIN, "*self.out.saved, strict=True", "*self.out.saved.flip(0), strict=True", FUZZ_TORCH),
@@ -243,7 +244,7 @@ TWIN = [
     Mutation("term", PLAIN, "torch.addcmul(total, *dense[-1], out=into)", "torch.addcmul(total, dense[-1][0], dense[0][1], out=into)", FUZZ_TORCH),
     Mutation("term", PLAIN, "[of_terms.pop() for _ in range(term.num_buffers)]", "[self.of_pt] * term.num_buffers", FUZZ_TORCH),
     Mutation("scale", PLAIN, "(top - log_total).exp_() / out.amax(1)", "(top - log_total).exp_()", FUZZ_TORCH),
-    Mutation("guard", PLAIN, "if _any(impossible):", "if False:", "tests/test_kernels.py::test_blocks_of_few_columns[torch]"),
+    Mutation("guard", PLAIN, "if any_row(impossible):", "if False:", "tests/test_kernels.py::test_blocks_of_few_columns[torch]"),
     Mutation("without answer", PLAIN, "without_answer = NEG_INF", "without_answer = 0.0", TILES),
     Mutation("without answer", PLAIN, "num_buffers, without_answer = 1, 0.0", "num_buffers, without_answer = 1, NEG_INF", TILES),
     Mutation("without answer", PLAIN, "term.value.masked_fill_(self.unsupported, term.without_answer)", "pass", WITHOUT_ANSWER.format("torch")),

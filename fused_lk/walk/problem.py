@@ -68,6 +68,11 @@ class Problem:
         return gemm.wide_dtype(self.tensors[0].dtype, self.target.tiles.dtype)
 
     @property
+    def further_terms(self) -> tuple[str, ...]:
+        """The terms beyond those of every call, which come first."""
+        return self.terms[len(MEASURED) :]
+
+    @property
     def learns_argmax(self) -> bool:
         """Whether the gradient reads the target's argmax, as a label."""
         return "ce" in self.terms and self.labels is None
