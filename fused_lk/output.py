@@ -22,13 +22,16 @@ def brief(record: Any) -> str:
 
     Only the numbers that are shown are read from the device.
     """
-    shown = (
-        f"{name}={tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-        if isinstance(x, Tensor) and x.numel() > 16
-        else f"{name}={x.detach() if isinstance(x, Tensor) else x!r}"
-        for name, x in vars(record).items()
-    )
-    return " ".join(f"{type(record).__name__}({', '.join(shown)})".split())
+
+    def shown(x: Any) -> str:
+        if isinstance(x, Mapping):
+            return "{" + ", ".join(f"{name}: {shown(value)}" for name, value in x.items()) + "}"
+        if isinstance(x, Tensor):
+            return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" if x.numel() > 16 else repr(x.detach())
+        return repr(x)
+
+    fields_shown = ", ".join(f"{name}={shown(x)}" for name, x in vars(record).items())
+    return " ".join(f"{type(record).__name__}({fields_shown})".split())
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,7 +162,8 @@ class LKSums:
             parts: outputs of losses, or results of this function, with the same positions and decay.
 
         Raises:
-            ValueError: there are none, or they differ in the number of positions or in `position_decay`.
+            ValueError: there are none, or they differ in the number of positions, in `position_decay`, or in the names
+                of `term_sums`.
         """
         parts = list(parts)
         kinds = {(len(part.weight_sum), part.position_decay, tuple(part.term_sums)) for part in parts}
