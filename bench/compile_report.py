@@ -36,7 +36,7 @@ from fused_lk.kernels import launch
 from torch import Tensor
 
 from fused_lk import gemm
-from fused_lk.rows.interface import TERMS, LogitRows, Normalizer, Transform, accumulation_dtype
+from fused_lk.rows.interface import MEASURED, TERMS, LogitRows, Normalizer, Transform, accumulation_dtype
 from fused_lk.walk.plan import empty_statistics
 
 from . import machine_code, offline
@@ -81,7 +81,8 @@ class Case:
 
     @property
     def tile(self) -> launch.Tile:
-        return self.candidate or launch.TILES[self.kernel][self.width]
+        further = any(name in self.options for name in TERMS if name not in MEASURED)
+        return self.candidate or launch.tile_of(self.kernel, self.width, further)
 
     def __str__(self) -> str:
         dtypes = "/".join(NAMES[x] for x in self.dtypes)
@@ -118,10 +119,15 @@ class Row:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Every launch to look at; `quick`: each class of dtypes, with all optional arguments and terms."""
+    """Every launch to look at: each subset of the optional arguments with the terms of every call, and with all terms.
+
+    `quick`: each class of dtypes, with all optional arguments and terms.
+    """
     for kernel, (used, names, terms) in KERNELS.items():
         subsets = [tuple(n for i, n in enumerate(names) if bits >> i & 1) for bits in range(2 ** len(names))]
-        subsets = [*((*names, term) for term in terms), *((*subset, *terms) for subset in subsets)]
+        singles = [(*names, term) for term in terms if term not in MEASURED]
+        measured = [(*subset, *MEASURED) for subset in subsets] if terms else []
+        subsets = [*singles, *measured, *((*subset, *terms) for subset in subsets)]
         for dtypes in dict.fromkeys(x[:used] for x in (QUICK if quick else DTYPES)):
             for options in subsets[-1:] if quick else subsets:
                 yield Case(kernel, dtypes, options, "aligned")
@@ -131,7 +137,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
                     yield Case(kernel, dtypes, subsets[-1], layout)
             if not quick and dtypes in ((x,) * used for x in NAMES):
                 for tile in launch.CANDIDATES[Case(kernel, dtypes, (), "").width]:
-                    yield Case(kernel, dtypes, subsets[-1], "aligned", tile)
+                    yield Case(kernel, dtypes, (*names, *MEASURED) if terms else names, "aligned", tile)
 
 
 def launcher(case: Case) -> Callable[[], None]:
@@ -156,7 +162,9 @@ def launcher(case: Case) -> Callable[[], None]:
         inside = torch.zeros(size, dtype=torch.bool) if "mass" in case.options else None
         return lambda: launch.lse_argmax(logits[0], Transform(1 / 0.7, inner), inside, vector, vector, out.draft_argmax)
     normalizer = Normalizer(vector, False, 0.0) if "normalizer" in case.options else None
-    rows = LogitRows(logits[0], logits[1], index, normalizer, Transform(1 / 0.7, inner), Transform(1.0, inner))
+    labels = torch.zeros(ROWS, dtype=torch.long) if "ce" in terms else None
+    transforms = Transform(1 / 0.7, inner), Transform(1.0, inner)
+    rows = LogitRows(logits[0], logits[1], index, normalizer, *transforms, labels=labels)
     if case.kernel == "row_stats":
         return lambda: launch.stats(rows, terms, out)
     into = logits[0] if logits[2].dtype == logits[0].dtype else logits[2]
@@ -166,8 +174,8 @@ def launcher(case: Case) -> Callable[[], None]:
 def compile_case(case: Case, arch: str) -> tuple[Any, float]:
     """The compiled kernel of `case`, and the seconds it took."""
     run = launcher(case)
-    shipped = {case.kernel: {case.width: case.tile}}
-    with mock.patch.dict(launch.TILES, shipped), offline.compiling_for(arch) as launched:
+    tile = case.tile
+    with mock.patch.object(launch, "tile_of", return_value=tile), offline.compiling_for(arch) as launched:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
@@ -248,14 +256,13 @@ def memory_sites(ttir: str, op: str) -> tuple[int, int]:
 
 
 def _explicit_fused(ttir: str, elements: int) -> int:
-    """At most as many multiply-adds as the logarithms and divisions at the end of a row are made of.
+    """At most as many multiply-adds as the logarithms and divisions of the kernel are made of.
 
-    Contraction would show in each element of a tile: far more, and in `row_grad`, which has neither, any at all. Under
-    a softcap each element is divided, which takes one in float64.
+    Those at the end of a row are few. Under a softcap each element is divided, and "jsd" takes logarithms of each
+    element, too. Without these two contraction would show in any element of a tile.
     """
-    ends = re.findall(r"\b(math\.log|arith\.divf) .*: (?!tensor)", ttir)
-    tiles = re.findall(r"\barith\.divf .*: tensor<\S*xf64>", ttir)
-    return sum(12 if op == "math.log" else 6 for op in ends) + elements * len(tiles)
+    found = re.findall(r"\b(math\.log|arith\.divf) .*: (tensor)?", ttir)
+    return sum((12 if op == "math.log" else 8) * (elements if tile else 1) for op, tile in found)
 
 
 def _inspect_all(arguments: tuple[str, list[Case]]) -> list[Row]:

@@ -17,6 +17,7 @@ from triton.runtime.driver import driver
 from fused_lk import checks
 from fused_lk.rows.interface import (
     EXCESS,
+    MEASURED,
     TERMS,
     LogitRows,
     RowLoss,
@@ -59,6 +60,12 @@ TILES = {
     # No state: at most 72 registers, 28 warps an SM or more (float32: 48 and 40). Small blocks, as a row ends in part
     # of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
+}
+# With terms beyond those of every call, each of which has numbers of state: smaller where the tile above would spill, by
+# the same report.
+FURTHER_TILES = {
+    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 512), 8: Tile(256, 128)},
+    "row_grad": {2: Tile(1024, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
 # What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report. (Of
 # 2 bytes, 4,096 x 512 threads spills 8 bytes on an A100.)
@@ -122,7 +129,7 @@ def stats(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> None:
             *(z, z.stride(0), t, t.stride(0), _vector(rows.t_index)),
             None if normalizer is None else _vector(normalizer.value),
             *_of_stats(out),
-            *(out.draft_argmax, out.target_argmax, _vector(rows.labels), *_two_floats(rows.jsd_beta), z.shape[1]),
+            *(out.draft_argmax, out.target_argmax, _labels(rows, terms, None), *_two_floats(rows.jsd_beta), z.shape[1]),
             *(*_numbers(rows.z_transform), *_numbers(rows.t_transform)),
             0.0 if normalizer is None else normalizer.rounding,
         ),
@@ -154,7 +161,7 @@ def gradient(rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values:
         (
             *(z, z.stride(0), t, t.stride(0), into, into.stride(0), _vector(rows.t_index)),
             *(*_of_stats(stats), d_values, d_values.stride(0), stats.draft_argmax),
-            *(_vector(stats.target_argmax if rows.labels is None else rows.labels), *_two_floats(rows.jsd_beta)),
+            *(_labels(rows, terms, stats.target_argmax), *_two_floats(rows.jsd_beta)),
             *(z.shape[1], rows.first_column, *_numbers(rows.z_transform), *_numbers(rows.t_transform)),
         ),
         _constants(terms, acc),
@@ -177,6 +184,11 @@ def _constants(terms: tuple[str, ...], acc: torch.dtype) -> dict[str, Any]:
     return {**rows_of_terms, "ACC": _triton_dtype(acc), "TIE": tie_width(acc)}
 
 
+def tile_of(name: str, width: int, further: bool) -> Tile:
+    """The shipped tile of a kernel whose widest number has that many bytes, with or without further terms."""
+    return (FURTHER_TILES if further else TILES)[name][width]
+
+
 def _launch(
     name: str, shape: torch.Size, width: int, arguments: tuple, constants: dict[str, Any], by_columns: bool = False
 ) -> None:
@@ -190,12 +202,13 @@ def _launch(
         return (n, triton.cdiv(size, meta["BLOCK_V"])) if by_columns else (n,)
 
     with _context(arguments[0].device):
-        if autotune.enabled() and not INTERPRETED:
+        further = any(constants.get(term.upper(), -1) >= 0 for term in TERMS if term not in MEASURED)
+        if autotune.enabled() and not (INTERPRETED or further):
             kernel = autotune.tuned(name, kernel, CANDIDATES[width], _warp_size())
         elif INTERPRETED:  # which pays for each operation, not for each element
             constants = constants | {"BLOCK_V": min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V)}
         else:
-            tile = TILES[name][width]
+            tile = tile_of(name, width, further)
             constants = constants | {"BLOCK_V": tile.block_v, "num_warps": tile.threads // _warp_size()}
         kernel[grid](*arguments, **constants, **OPTIONS)
 
@@ -240,6 +253,12 @@ def _unit_columns(x: Tensor, copy: bool = True) -> Tensor:
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
     return x.contiguous() if copy else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _labels(rows: LogitRows, terms: tuple[str, ...], argmax: Tensor | None) -> Tensor | None:
+    """The labels of "ce": those given, or the target's argmax. None where nobody asks, so that no kernel is compiled
+    for a pointer that it does not read."""
+    return _vector(argmax if rows.labels is None else rows.labels) if "ce" in terms else None
 
 
 def _vector(x: Tensor | None) -> Tensor | None:
