@@ -25,6 +25,7 @@ from fused_lk.walk.plan import empty_statistics
 ARCHS = [arch for arch, card in offline.CARDS.items() if card.since <= offline.TRITON]
 NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
 BF16, FP32 = torch.bfloat16, torch.float32
+SIZES = {name: dtype.itemsize for dtype, name in report.NAMES.items()}
 ALL = {name: (*options, *terms) for name, (_, options, terms) in report.KERNELS.items()}
 
 
@@ -49,7 +50,8 @@ def test_shipped_tiles_stay_in_registers_and_load_128_bits(rows, arch):
         assert not row.breaches, row
         sites = {"lse_argmax": 2, "row_stats": 8, "row_grad": 4}[row.kernel]  # tensors, loop and rest, passes
         if row.layout == "aligned":
-            least = 128 if len(set(row.dtypes.split("/"))) == 1 else 64  # as many elements of the narrower one
+            elements = row.block_v // (row.num_warps * card.target.warp_size)  # alike of both sides
+            least = min(128, *(8 * size * elements for name, size in SIZES.items() if name in row.dtypes.split("/")))
             assert sum(n for bits, n in row.loads.items() if bits >= least) >= sites, row
             if row.kernel == "row_grad":
                 assert min(row.stores) >= 128, row
