@@ -61,7 +61,7 @@ TILES = {
     # of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
-# With terms beyond those of every call, each of which has numbers of state: smaller where the tile above would spill, by
+# With terms beyond those of every call, which all have numbers of state: smaller where the tile above would spill, by
 # the same report.
 FURTHER_TILES = {
     "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 512), 8: Tile(256, 256)},

@@ -197,7 +197,7 @@ class _JensenShannon(_Term):
     l = log1p(b expm1(x)), and b is the share of the smaller of pt and q in m.
     """
 
-    num_buffers = 2
+    num_buffers = 3
 
     def statistics(self, block: Any) -> None:
         beta = block.rows.jsd_beta
@@ -206,14 +206,15 @@ class _JensenShannon(_Term):
         q_part = (beta - 1) * block.q_top * of_top[0]
         p_part = -beta * block.log_pt_top.exp() * torch.where(block.log_pt_top == NEG_INF, 0.0, of_top[1])
         self.finish(block, columns, q_part)
-        of_p = self.buffers[1].mul_(block.pt).mul_(-beta).nan_to_num_(nan=0.0).scatter_(1, block.column, 0.0)
+        of_p = self.buffer.mul_(block.pt).mul_(-beta).nan_to_num_(nan=0.0).scatter_(1, block.column, 0.0)
         torch.add(self.sigma, of_p.sum(1).add_(p_part), out=self.value)
 
     def make_columns(self, block: Any) -> Tensor:
-        """Leaves log(m / pt) in the second buffer."""
+        """Leaves log(m / pt) in the first buffer."""
         beta = block.rows.jsd_beta
-        torch.sub(block.t, block.z, out=self.buffer).add_((block.z_log_total - block.t_log_total).unsqueeze(1))
-        of_q, _ = _log_mixture(self.buffer.nan_to_num_(nan=0.0, posinf=math.inf, neginf=NEG_INF), beta, *self.buffers)
+        ratio = torch.sub(block.t, block.z, out=self.buffer)
+        ratio.add_((block.z_log_total - block.t_log_total).unsqueeze(1))
+        of_q, _ = _log_mixture(ratio.nan_to_num_(nan=0.0, posinf=math.inf, neginf=NEG_INF), beta, *self.buffers[1:])
         return of_q.mul_(block.q).mul_(beta - 1).nan_to_num_(nan=0.0)
 
 
@@ -248,14 +249,13 @@ def num_buffers(terms: tuple[str, ...]) -> int:
     return 5 + sum(TERM_OF[name].num_buffers for name in terms)
 
 
-def _log_mixture(d: Tensor, beta: float, of_q: Tensor | None = None, of_p: Tensor | None = None) -> Any:
-    """`(log(m / q), log(m / pt))` of `d` = log pt - log q, in the given buffers; the first may be `d` itself."""
-    p_is_smaller = d < 0
-    share = torch.where(p_is_smaller, beta, 1.0 - beta)
-    larger = d.abs().neg_().expm1_().mul_(share).log1p_()
-    over = torch.clamp(d, max=0.0, out=of_p).neg_()
-    of_q = torch.clamp(d, min=0.0, out=of_q)
-    return of_q.add_(larger), over.add_(larger)
+def _log_mixture(d: Tensor, beta: float, larger: Tensor | None = None, share: Tensor | None = None) -> Any:
+    """`(log(m / q), log(m / pt))` of `d` = log pt - log q, the second in `d`; two buffers for what lies between."""
+    share = torch.lt(d, 0, out=torch.empty_like(d) if share is None else share)
+    torch.lerp(share.new_full((), 1.0 - beta), share.new_full((), beta), share, out=share)  # exact at its ends
+    larger = torch.abs(d, out=larger).neg_().expm1_().mul_(share).log1p_()
+    of_q = torch.clamp(d, min=0.0, out=share).add_(larger)
+    return of_q, d.clamp_(max=0.0).neg_().add_(larger)
 
 
 def _is_linear(log_alpha: Tensor) -> Tensor:
