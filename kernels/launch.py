@@ -64,7 +64,7 @@ TILES = {
 # With terms beyond those of every call, which all have numbers of state: smaller where the tile above would spill, by
 # the same report.
 FURTHER_TILES = {
-    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 512), 8: Tile(256, 256)},
+    "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 512), 8: Tile(128, 128)},
     "row_grad": {2: Tile(1024, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
 }
 # What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report. (Of
