@@ -95,6 +95,23 @@ def test_a_planted_full_tensor_breaks_the_figure():
     assert accounted(shape, planted).peak / GIB > FIGURES["V152k_frozen"][1]
 
 
+@pytest.mark.parametrize("plan", ["recompute", "one_pass"])
+@pytest.mark.parametrize("impl, device", [("triton", "cuda"), ("torch", "cpu")])
+def test_a_mix_holds_no_more_than_its_costliest_term(impl, device, plan):
+    n, h, v = 512, 64, 32000
+
+    def peak(*names):
+        with full_size(device):
+            hidden, weight = (torch.empty(x, h, dtype=torch.bfloat16).requires_grad_() for x in (n, v))
+            target = fused_lk.Target.from_hidden(*(torch.empty(x, h, dtype=torch.bfloat16) for x in (n, v)))
+            how = {"objective": dict.fromkeys(names, 0.3), "plan": plan, "impl": impl}
+            return account(lambda: fused_lk.lk_loss(hidden, weight, target, **how).loss).peak
+
+    for mix in (("ce", "l1", "kl"), ("jsd", "rkl", "soft_ce"), ("alpha", "l1", "jsd")):
+        numbers = 4 * n * (3 * len(mix) + 8)  # a term has three numbers of each row
+        assert peak(*mix) <= max(peak(name) for name in mix) + numbers
+
+
 WORK = {
     "identity": lambda n: (1, None),
     "ttt": lambda n: (7, fused_lk.Pairs.ttt(torch.ones(2, n // 2, dtype=torch.bool), 7)),

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .interface import NEG_INF, LogitRows, RowLoss, RowStats, Transform, accumulation_dtype, tie_width
+from .interface import MEASURED, NEG_INF, LogitRows, RowLoss, RowStats, Transform, accumulation_dtype, tie_width
 from .terms import SMALLEST_LINEAR, TERM_OF, any_row, finite, num_buffers, pick
 
 # Elements of one block of rows. 2**20 float32 are 4 MiB a buffer, 24 MiB a block. Larger ones fall out of a server's
 # shared cache, smaller ones pay more for dispatch. V = 32,000, 2 threads, at 2**18, 2**19, 2**20, 2**21: AMD EPYC 2.1,
 # 1.7, 1.8 ns an element of statistics; Intel Xeon (AVX-512) 527, 489, 429, 451 ms for one pass over 1,024 x 256.
+# Those are of the terms of every call; with further terms a block has fewer rows.
 BLOCK_ELEMENTS = 2**20
 
 # Finite stand-in for -inf in log p - log q, where the factor pt is exactly zero: 0 * -1e30 = 0, but 0 * -inf = nan.
@@ -35,7 +36,7 @@ def lse_argmax(
     both sums, inside and outside, so that a share near 1 keeps the digits of what it lacks.
     """
     acc, scale, inner = accumulation_dtype(x), transform.scale, transform.inner
-    for start, stop in _blocks(x):
+    for start, stop in _blocks(x, 3):
         own = torch.empty_like(x[start:stop], dtype=acc)
         row = _capped(_load(x[start:stop], None, own), inner, own)
         top, at = _argmax(row)
@@ -111,9 +112,9 @@ class _Factors(NamedTuple):
 def _blocks_of(rows: LogitRows, terms: tuple[str, ...], stats: RowStats) -> Iterator[_Block]:
     """The blocks of a call. They share buffers: fresh pages cost more time than what is written to them."""
     buffers: list[Tensor] = []
-    for start, stop in _blocks(rows.z):
+    count = num_buffers(terms)
+    for start, stop in _blocks(rows.z, count):
         if not buffers:  # the first block is the largest
-            count = num_buffers(terms)
             buffers = [stats.base.new_empty(stop - start, rows.z.shape[1]) for _ in range(count)]
         yield _Block(rows, terms, stats, start, stop, [x[: stop - start] for x in buffers])
 
@@ -338,7 +339,12 @@ def _centred(x: Tensor, top: Tensor, scale: float, out: Tensor) -> Tensor:
     return centred if scale == 1.0 else centred.mul_(scale)
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
-    n, size = x.shape
-    step = max(1, BLOCK_ELEMENTS // max(size, 1))
+def rows_of_a_block(size: int, buffers: int) -> int:
+    """Rows of `size` columns: fewer with further terms, so that a mix of them holds no more than each alone."""
+    usual = num_buffers(MEASURED)
+    return max(1, BLOCK_ELEMENTS * usual // (max(usual, buffers) * max(size, 1)))
+
+
+def _blocks(x: Tensor, buffers: int) -> Iterator[tuple[int, int]]:
+    n, step = x.shape[0], rows_of_a_block(x.shape[1], buffers)
     return ((start, min(start + step, n)) for start in range(0, n, step))

@@ -166,8 +166,8 @@ class Costs:
         on_gpu = self.facts.impl == "auto" and not gemm.is_cpu(self.facts.device)
         if self.facts.impl == "triton" or on_gpu:
             return "rows", 0
-        rows = max(1, plain.BLOCK_ELEMENTS // columns)
         buffers = plain.num_buffers(self.facts.terms) if buffers is None else buffers
+        rows = plain.rows_of_a_block(columns, buffers)
         return "rows", buffers * rows * columns * self.facts.accumulator.itemsize
 
     def _scratch(self, m: int, k: int, n: int) -> int:
