@@ -250,8 +250,7 @@ def num_buffers(terms: tuple[str, ...]) -> int:
 
 def _log_mixture(d: Tensor, beta: float, of_q: Tensor | None = None, of_p: Tensor | None = None) -> Any:
     """`(log(m / q), log(m / pt))` of `d` = log pt - log q, in the given buffers; the first may be `d` itself."""
-    p_is_smaller = d < 0
-    share = torch.where(p_is_smaller, beta, 1.0 - beta)
+    share = torch.full_like(d, 1.0 - beta).masked_fill_(d < 0, beta)  # of two numbers, `where` would make a float32
     larger = d.abs().neg_().expm1_().mul_(share).log1p_()
     over = torch.clamp(d, max=0.0, out=of_p).neg_()
     of_q = torch.clamp(d, min=0.0, out=of_q)
