@@ -141,12 +141,9 @@ class Inputs:
             # A list of one tensor stands for its stack.
             return fused_lk.Pairs(mask=None if self.mask is None else self.mask.unsqueeze(0))
         device = self.target_hidden.device
-        step = torch.arange(steps, device=device).unsqueeze(1).expand(steps, n).contiguous()
-        rows = torch.arange(n, device=device) + step
+        rows = torch.arange(n, device=device) + torch.arange(steps, device=device).unsqueeze(1)
         mask = torch.stack([self.step_mask(k) for k in range(steps)])
-        return fused_lk.Pairs(
-            mask=mask, target_rows=torch.where(rows < n, rows, -1), positions=step, num_positions=steps
-        )
+        return fused_lk.Pairs(mask=mask, target_rows=torch.where(rows < n, rows, -1), position_dim=0)
 
 
 def make_inputs(shape: Shape, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:

@@ -117,8 +117,7 @@ def ttt_pairs(batch: int, length: int, steps: int, device: torch.device) -> fuse
     """Draft row t of step k against target row t + 1 + k, wherever that row exists: what replaces all shifting."""
     rows = torch.arange(batch * length, device=device).view(batch, length)
     target_rows = torch.stack([F.pad(rows[:, 1 + k :], (0, 1 + k), value=-1) for k in range(steps)])
-    positions = torch.arange(steps, device=device).view(-1, 1, 1).expand_as(target_rows)
-    return fused_lk.Pairs(target_rows=target_rows, positions=positions, num_positions=steps)
+    return fused_lk.Pairs(target_rows=target_rows, position_dim=0)
 
 
 class Scorer:

@@ -34,7 +34,7 @@ def divergences(problem: Problem) -> Divergences:
     rows = _Rows(problem)
     return rows.divergences(
         reference.masked_divergences(
-            rows.draft_logits, rows.log_p, rows.weights > 0, labels=problem.labels, jsd_beta=problem.jsd_beta
+            rows.draft_logits, rows.log_p, rows.weights > 0, labels=rows.labels, jsd_beta=problem.jsd_beta
         )
     )
 
@@ -62,7 +62,7 @@ def loss(problem: Problem, options: LossOptions, plan: str) -> LKOutput:
         rows.draft_logits,
         rows.log_p,
         objective=of_rows if callable(options.objective) else dict(options.mix),
-        labels=problem.labels,
+        labels=rows.labels,
         jsd_beta=problem.jsd_beta,
         eta=options.eta,
         kl_scale=options.kl_scale,
@@ -130,8 +130,12 @@ class _Rows:
         self.weights, self.target_rows, self.positions = problem.pairs.dense(problem.num_rows, problem.device)
         self.weights = self.weights.to(problem.accumulator)
         self.log_p = target.dense_log_probs()[self.target_rows]
+        self.labels = problem.labels
         if target.tiles.restricts_draft:
             self.draft_logits = reference.restricted(self.draft_logits, self.log_p)
+            if self.labels is not None:  # the draft's vocabulary is what the target can say
+                said = self.log_p.gather(1, self.labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+                self.labels = torch.where(said == reference.NEG_INF, -1, self.labels)
         self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)
         self.problem = problem
 

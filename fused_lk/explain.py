@@ -116,7 +116,7 @@ def explain(
         hidden_size, target_hidden_size: of the draft, and of the target (default: the same).
         draft_vocab_size, target_vocab_size: default: one shared vocabulary.
         low_rank: r, the columns of both tensors of `low_rank`, which train as hidden states and head do.
-        target: "hidden", "cached" (`cache=True`), "logits", "probs" or "topk".
+        target: "hidden", "cached" (`cache=True`), "logits", "probs" or "topk" (`restrict_draft` changes nothing here).
         normalizer_given: whether a target from hidden states is told its normaliser and argmax.
         ttt_steps: K; row t of step k is scored against target row t + k.
         masked_share: share of the tokens that are not supervised, in [0, 1]; they are taken to come first.

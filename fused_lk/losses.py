@@ -76,8 +76,8 @@ def lk_divergences(
             "l1"        sum_v |pt_v - q_v|: 2 (1 - alpha) where the draft vocabulary has all of the target's mass
 
         labels: integers `[...]`, the target ids that "ce" asks for. A negative one (-100), or one that the draft
-            vocabulary lacks, asks for nothing: 0 and no gradient. Without `labels` they are the target's argmax on the
-            draft vocabulary.
+            vocabulary lacks (or, with `restrict_draft`, the target's list), asks for nothing: 0 and no gradient.
+            Without `labels` they are the target's argmax on the draft vocabulary.
         jsd_beta: in (0, 1), for "jsd".
 
     Returns:

@@ -133,13 +133,14 @@ def further_divergences(
         return (probs * torch.where(probs > 0, x, 0.0)).sum(-1)
 
     safe_q = torch.where(q > 0, log_q, 0.0)
-    impossible = ((q > 0) & (pt == 0)).any(-1)
+    can_say = log_pt != NEG_INF  # also what underflows in pt
+    impossible = ((q > 0) & ~can_say).any(-1)
     log_m = torch.logaddexp(log_pt + math.log(jsd_beta), torch.where(q > 0, log_q, NEG_INF) + math.log1p(-jsd_beta))
     log_m = torch.where(log_m == NEG_INF, 0.0, log_m)
     labels = log_pt.argmax(-1) if labels is None else labels
     values = {
         "soft_ce": -expectation(pt, log_q),
-        "rkl": expectation(q, safe_q - torch.where(pt > 0, log_pt, 0.0)).masked_fill(impossible, math.inf),
+        "rkl": expectation(q, safe_q - torch.where(can_say, log_pt, 0.0)).masked_fill(impossible, math.inf),
         "jsd": jsd_beta * expectation(pt, log_pt - log_m) + (1 - jsd_beta) * expectation(q, safe_q - log_m),
         "l1": (pt - q).abs().sum(-1),
         "ce": torch.where(labels >= 0, -log_q.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1), 0.0),

@@ -176,6 +176,7 @@ def test_masked_share_and_shift():
     assert int(inputs.mask.sum()) == n - round(inputs.shape.masked_share * n)
     assert torch.equal(inputs.step_mask(2)[: n - 2], inputs.mask[2:])
     assert not inputs.step_mask(2)[n - 2 :].any()
+    assert inputs.pairs().position_dim == 0  # so that blocks have metrics
 
 
 def test_gate_arithmetic():

@@ -57,7 +57,9 @@ def test_the_eager_loss_it_compares_with_is_the_same_loss(models, objective):
     scorer = Scorer(target, vocab, SIZE, Settings())
     tokens = torch.randint(VOCAB, (BATCH, LENGTH))
     features, scored_against = scorer.read(tokens)
-    ours = scorer(draft, fused_lk.LKLoss(objective, position_decay=0.8), tokens, features, scored_against).loss
+    out = scorer(draft, fused_lk.LKLoss(objective, position_decay=0.8), tokens, features, scored_against)
+    assert 1 < out.metrics()["acceptance_length"] < 1 + SIZE.ttt_steps  # the steps from one row are a block
+    ours = out.loss
     with torch.no_grad():
         hidden = target(tokens)[0]
     eager = cost.eager_loss(

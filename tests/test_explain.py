@@ -57,7 +57,7 @@ def _compare(
         H,
         vocab,
         full,
-        target=kind,
+        target=kind.removeprefix("restricting_"),
         plan=plan,
         objective="alpha",
         impl=impl,
@@ -96,6 +96,9 @@ def _compare(
                 "logits": lambda: fused_lk.Target.from_logits(given, draft_vocab, impl=impl),
                 "probs": lambda: fused_lk.Target.from_probs(given[:, :vocab], draft_vocab),
                 "topk": lambda: fused_lk.Target.from_topk(ids, topk, full if shared else draft_vocab),
+                "restricting_topk": lambda: fused_lk.Target.from_topk(
+                    ids, topk, full if shared else draft_vocab, restrict_draft=True
+                ),
             }[kind]()
             return fused_lk.lk_loss(
                 sources if steps > 1 else sources[0],
@@ -137,7 +140,7 @@ def test_the_row_operations_in_pytorch(plan):
 
 @PLANS
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", ["hidden", "cached", "logits", "probs", "topk"])
+@pytest.mark.parametrize("kind", ["hidden", "cached", "logits", "probs", "topk", "restricting_topk"])
 def test_targets(kind, shared, plan):
     check(*compare(kind=kind, shared=shared, plan=plan))
 

@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 
 from fused_lk import reference
 from fused_lk.rows import plain
-from fused_lk.rows.interface import MEASURED, LogitRows, Normalizer, RowStats, Transform, tie_width
+from fused_lk.rows.interface import MEASURED, TERMS, LogitRows, Normalizer, RowStats, Transform, tie_width
 
 NAN, NEG_INF = float("nan"), float("-inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CANARY = -7
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPS = {"triton": launch, "torch": plain}
+ONE_TERM = [(name,) for name in TERMS]
+# Where log q ends in this dtype: below the first q is 0, above the second it is not.
+UNDERFLOW = {torch.float32: (-110.0, -80.0), torch.float64: (-760.0, -700.0)}
 # The interpreter loops over tiles of 16 or 64 columns here; on the CPU another argmax starts at 1,024.
 SIZES = {"triton": st.integers(1, 70), "torch": st.integers(1, 70) | st.sampled_from([1023, 1024, 1031, 1152, 1279])}
 
@@ -82,12 +85,14 @@ def rows_of_logits(draw, sizes):
     if draw(st.booleans(), label="identical") and not has_index:
         t = z.clone()
     scales = draw(st.sampled_from([(1.0, 1.0), (1 / 0.7, 1.0), (1.0, 0.9), (1 / 3, 1 / 0.7)]), label="scales")
+    labels = torch.randint(-1, size, (n,), generator=generator) if draw(st.booleans(), label="labels") else None
     return {
         **{"z": z, "t": t, "index": index, "scales": scales, "generator": generator},
         "has_normalizer": draw(st.booleans(), label="normalizer"),
         "terms": draw(
-            st.sampled_from([MEASURED, MEASURED, MEASURED[::-1], *((name,) for name in MEASURED)]), label="terms"
+            st.sampled_from([MEASURED, MEASURED, MEASURED[::-1], *ONE_TERM, TERMS, TERMS[::-1]]), label="terms"
         ),
+        **{"labels": labels, "beta": draw(st.sampled_from([0.5, 0.1, 0.97]), label="beta")},
         "wants_target_argmax": draw(st.booleans(), label="target argmax"),
         "gap": draw(st.sampled_from([1, 8, 64]), label="gap"),
         "offset": draw(st.sampled_from([0, 1, 8]), label="offset"),
@@ -101,7 +106,7 @@ def rows_of_logits(draw, sizes):
 class Truth:
     """float64 statistics and gradients on the very numbers that the operations read."""
 
-    def __init__(self, z, t, index, normalizer, scales, acc):
+    def __init__(self, z, t, index, normalizer, scales, acc, labels, beta):
         self.z = (z.double() * scales[0]).requires_grad_()
         rows = t if index is None else t[index]
         self.t = rows.double() * scales[1]
@@ -109,7 +114,17 @@ class Truth:
         self.supported = self.target_lse > NEG_INF
         normalizer = self.target_lse if normalizer is None else normalizer.double()
         log_p = self.t - torch.where(self.supported, normalizer, 0).unsqueeze(1)
-        self.log_alpha, self.kl = reference.divergences(self.z, log_p)
+        # What q cannot say in `acc` costs no reverse KL; what it can just say may cost it or not.
+        excluded = self.t.isneginf() & self.supported.unsqueeze(1)
+        said = self.z.detach().log_softmax(1).masked_fill(~excluded, NEG_INF)
+        lowest, highest = UNDERFLOW[acc]
+        gone = excluded & (said <= lowest)
+        self.undecided = ((said > lowest) & (said < highest)).any(1)
+        further = reference.further_divergences(self.z, log_p, labels, beta)
+        with_gone = torch.where(gone, NEG_INF, self.z)
+        further["rkl"] = reference.further_divergences(with_gone, log_p)["rkl"]
+        self.values = dict(zip(MEASURED, reference.divergences(self.z, log_p), strict=True)) | further
+        self.log_alpha, self.kl = (self.values[name] for name in MEASURED)
         with torch.no_grad():
             self.draft_lse = self.z.logsumexp(1)
             log_q = self.z - self.draft_lse.unsqueeze(1)
@@ -121,15 +136,28 @@ class Truth:
             self.q, supported = log_q.exp(), self.supported.unsqueeze(1)
             self.sigma = torch.where(supported & (log_q < log_p), r, 0).sum(1)
             # where rounding decides a tie, any subgradient is right
-            close = supported & ((log_q - log_p).abs() <= 2 * self.error.unsqueeze(1) + tie_width(acc))
-            self.slack = torch.where(close, r, 0)
+            log_pt = (self.t - torch.where(self.supported, self.target_lse, 0).unsqueeze(1)).masked_fill(~supported, 0)
+            width = 2 * self.error.unsqueeze(1) + tie_width(acc)
+            self.slack = torch.where(supported & ((log_q - log_p).abs() <= width), r, 0)
+            self.slack_of_l1 = torch.where(supported & ((log_q - log_pt).abs() <= width), 2 * self.q, 0)
+            surprise = torch.where((self.q > 0) & (log_pt > NEG_INF), self.q * (log_q - log_pt).abs(), 0)
+            # The largest factor of a gradient is d * exp(x), whose relative error is the absolute error of x.
+            self.factor = dict.fromkeys(TERMS, 2.0) | {"jsd": 4.0, "l1": 4.0, "rkl": 4 + 2 * surprise.sum(1)}
 
-    def gradient(self, d_log_alpha, d_kl, scale):
-        total = (torch.where(self.supported, self.log_alpha * d_log_alpha, 0) + self.kl * d_kl).sum()
+    def allowed(self, name):
+        """The error of a value."""
+        return self.error * (self.factor[name] if name in ("jsd", "l1", "rkl") else 1 + self.values[name].abs())
+
+    def gradient(self, d, scale):
+        """Of the sum of `d[name]` times the value, and its error."""
+        values = {name: torch.where(self.supported, self.values[name], 0) for name in d}
+        total = sum((torch.where(x.isfinite(), d[name] * x, x.detach())).sum() for name, x in values.items())
         gradient = torch.autograd.grad(total, self.z)[0] * scale
-        slack = (self.slack + self.q * self.slack.sum(1, keepdim=True)) * d_log_alpha.unsqueeze(1) * scale
-        # the largest factor is d * exp(x), whose relative error is the absolute error of x
-        return gradient, slack + (self.error * 2 * (d_log_alpha + d_kl) * scale).unsqueeze(1)
+        error = sum(self.error * self.factor[name] * x for name, x in d.items()).unsqueeze(1)
+        for name, slack in (("log_acceptance", self.slack), ("l1", self.slack_of_l1)):
+            if name in d:
+                error = error + (slack + self.q * slack.sum(1, keepdim=True)) * d[name].unsqueeze(1)
+        return gradient, error * scale
 
 
 def assert_within(name, got, want, allowed):
@@ -162,15 +190,19 @@ def test_row_operations(impl, data):
     guards = {"z": matrix(z, 0), "t": matrix(t, 1)}
     guards["z"].fill(z)
     guards["t"].fill(t)
-    for name, values in (("index", index), ("normalizer", normalizer), ("d_values", d_values)):
+    terms, labels, beta = (case[name] for name in ("terms", "labels", "beta"))
+    truth = Truth(z, t, index, normalizer, scales, acc, lowest_argmax(rows) if labels is None else labels, beta)
+    if "rkl" in terms:
+        d_values[terms.index("rkl"), truth.undecided] = 0
+    for name, values in (("index", index), ("normalizer", normalizer), ("d_values", d_values), ("labels", labels)):
         if values is not None:
             guards[name] = Guarded(*values.shape, dtype=values.dtype, step=2)
             guards[name].fill(values)
     view = {name: guard.view for name, guard in guards.items()}
     given = None if normalizer is None else Normalizer(view["normalizer"], False, 0.0)
-    terms = case["terms"]
+    wants_target_argmax = case["wants_target_argmax"] or ("ce" in terms and labels is None)
     shapes = {"base": (5, n), "values": (len(terms), n), "saved": (2, len(terms), n)}
-    argmaxes = ["draft_argmax", "target_argmax"][: 1 + case["wants_target_argmax"]]
+    argmaxes = ["draft_argmax", "target_argmax"][: 1 + wants_target_argmax]
     outputs = {name: Guarded(*shape, dtype=acc, offset=1, gap=gap) for gap, (name, shape) in enumerate(shapes.items())}
     outputs |= {name: Guarded(n, dtype=torch.long, offset=1, gap=1) for name in argmaxes}
     stats = RowStats(**{name: guard.view for name, guard in outputs.items()})
@@ -178,19 +210,18 @@ def test_row_operations(impl, data):
     g = outputs["gradient"].view
 
     transforms = [Transform(x) for x in scales]
-    truth = Truth(z, t, index, normalizer, scales, acc)
+    of_terms = {"labels": view.get("labels"), "jsd_beta": beta}
     with (
         mock.patch.object(launch, "INTERPRETER_BLOCK_V", case["tile"]),
         mock.patch.object(plain, "BLOCK_ELEMENTS", 2 * size),
     ):
-        ops.stats(LogitRows(view["z"], view["t"], view.get("index"), given, *transforms), terms, stats)
+        ops.stats(LogitRows(view["z"], view["t"], view.get("index"), given, *transforms, **of_terms), terms, stats)
         for guard in guards.values():
             guard.assert_untouched()
         for part in torch.arange(size).chunk(case["blocks"]):
             columns = slice(int(part[0]), int(part[-1]) + 1)
-            block = LogitRows(
-                view["z"][:, columns], view["t"][:, columns], view.get("index"), None, *transforms, columns.start
-            )
+            parts = view["z"][:, columns], view["t"][:, columns], view.get("index"), None
+            block = LogitRows(*parts, *transforms, columns.start, **of_terms)
             ops.gradient(block, terms, stats, view["d_values"], g[:, columns])
 
     for guard in guards.values():
@@ -202,17 +233,17 @@ def test_row_operations(impl, data):
     for name, scale in zip(("draft", "target"), scales, strict=True):
         lse = getattr(stats, f"{name}_top").double() * scale + getattr(stats, f"{name}_log_total")
         assert_within(name, lse, getattr(truth, f"{name}_lse"), truth.error)
-    value, sigma, d = ({name: x[i] for i, name in enumerate(terms)} for x in (stats.values, stats.saved[0], d_values))
+    for i, name in enumerate(terms):
+        decided = ~truth.undecided if name == "rkl" else slice(None)
+        got, want, allowed = (x[decided] for x in (stats.values[i], truth.values[name], truth.allowed(name)))
+        assert_within(name, got, want, allowed)
     if "log_acceptance" in terms:
-        assert_within("log alpha", value["log_acceptance"], truth.log_alpha, truth.error)
-        slack = truth.slack.sum(1) + 2 * truth.error
-        assert_within("sigma", sigma["log_acceptance"][supported], truth.sigma[supported], slack[supported])
-    if "kl" in terms:
-        assert_within("kl", value["kl"], truth.kl, truth.error * (1 + truth.kl))
+        sigma, slack = stats.saved[0, terms.index("log_acceptance")], truth.slack.sum(1) + 2 * truth.error
+        assert_within("sigma", sigma[supported], truth.sigma[supported], slack[supported])
     assert torch.equal(stats.draft_argmax, lowest_argmax(z))
-    if case["wants_target_argmax"]:
+    if wants_target_argmax:
         assert torch.equal(stats.target_argmax, lowest_argmax(rows))
-    gradient, allowed = truth.gradient(*(d.get(name, torch.zeros(n)).double() for name in MEASURED), scales[0])
+    gradient, allowed = truth.gradient(dict(zip(terms, d_values.double(), strict=True)), scales[0])
     rounding = torch.finfo(dtype).eps * gradient.abs() + torch.finfo(dtype).smallest_normal
     assert_within("gradient", g, gradient, allowed + rounding)
     assert not g[~supported].any()

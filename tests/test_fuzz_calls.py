@@ -1,4 +1,4 @@
-"""Random calls of `lk_loss` against the oracle: every target, work list, objective, reduction, layout and plan.
+"""Random calls of `lk_loss` against the oracle: every target, work list, head, objective, reduction, layout and plan.
 
 The same examples in every run.
 """
@@ -19,9 +19,22 @@ from fused_lk.rows import plain
 NEG_INF = float("-inf")
 
 
+def of_divergences(d):
+    """An objective that no name stands for, of what is never infinite."""
+    return d.terms["jsd"].square() + d.terms["l1"] * (1 - d.acceptance)
+
+
+OBJECTIVES = [
+    *("kl", "tv", "alpha", "lambda", "lambda", "soft_ce", "ce", "rkl", "jsd", "l1"),
+    *({"ce": 0.1, "l1": 0.9}, {"lambda": 0.5, "jsd": 2.0}, {"kl": 0.3, "alpha": 0.2, "rkl": 0.1, "soft_ce": 1.0}),
+    of_divergences,
+]
+
+
 @st.composite
 def whole_calls(draw):
-    """`(draft, weight, bias, target, options of the loss)` of float64, in strides as trainers have them."""
+    """`(hidden, u, as_list, (weight, bias, M), target, options of the loss)` of float64, in strides as trainers have
+    them. u and M are those of `low_rank`; what a draft lacks is None."""
     seed = draw(st.integers(0, 2**20), label="seed")
     generator = torch.Generator().manual_seed(seed)
 
@@ -75,6 +88,8 @@ def whole_calls(draw):
         hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
     weight = randn(hidden_size, size).T if draw(st.booleans(), label="column-major head") else randn(size, hidden_size)
     bias = randn(size) if draw(st.booleans(), label="bias") else None
+    rank = draw(st.sampled_from([0, 0, 2]), label="low rank")
+    u, second = (randn(*shape, rank), randn(size, rank)) if rank else (None, None)
 
     weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7)
     mask = draw(st.sampled_from([None, weights > 0, weights, weights.double()]), label="mask")
@@ -89,8 +104,8 @@ def whole_calls(draw):
     if num_positions == 1 and not shares_rows and draw(st.booleans(), label="mask alone"):
         options = {"mask": mask}
         num_positions = steps if layout == "list" else 1
-    options["objective"] = draw(st.sampled_from(["kl", "tv", "alpha", "lambda", "lambda"]), label="objective")
-    if options["objective"] == "lambda":
+    objective = options["objective"] = draw(st.sampled_from(OBJECTIVES), label="objective")
+    if "lambda" in (objective if isinstance(objective, dict) else [objective]):
         lambdas = [
             None,
             0.0,
@@ -101,11 +116,17 @@ def whole_calls(draw):
         options["kl_weight"] = draw(st.sampled_from(lambdas), label="kl_weight")
         options["lambda_per"] = draw(st.sampled_from(["position", "token"]), label="lambda per")
         options["eta"] = draw(st.sampled_from([0.0, 3.0]), label="eta")
+    terms = ("jsd", "l1") if objective is of_divergences else draw(st.sampled_from([(), ("l1", "rkl")]), label="terms")
+    labels = torch.randint(-3, full, shape, generator=generator)
+    options |= {"terms": terms, "labels": draw(st.sampled_from([None, labels]), label="labels")}
+    options["jsd_beta"] = draw(st.sampled_from([0.5, 0.2]), label="jsd beta")
+    options["logit_scale"] = draw(st.sampled_from([1.0, 1.0, 0.3]), label="logit scale")
+    options["softcap"] = draw(st.sampled_from([None, None, 4.0]), label="softcap")
     options["reduction"] = draw(st.sampled_from(["mean", "position", "sum", "none"]), label="reduction")
     options["denominator"] = draw(st.sampled_from([None, 7.0, torch.rand(num_positions) + 1]), label="denominator")
     options["position_decay"] = draw(st.sampled_from([1.0, 0.8]), label="decay")
     options["draft_temperature"] = draw(st.sampled_from([1.0, 0.7]), label="draft temperature")
-    return hidden, layout == "list", weight, bias, target, options
+    return hidden, u, layout == "list", (weight, bias, second), target, options
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -118,21 +139,25 @@ def whole_calls(draw):
 )
 def test_whole_calls(impl, case, workspace_mb, frozen, recompute):
     """`lk_loss` and its gradients against the oracle, whatever the target, work list, objective and reduction."""
-    hidden, as_list, weight, bias, target, options = case
+    hidden, u, as_list, head, target, options = case
     results = []
     for more in (
         {"impl": impl, "workspace_mb": workspace_mb, "plan": "recompute" if recompute else "auto"},
         {"impl": "reference"},
     ):
-        h = hidden.detach().requires_grad_(frozen != "hidden")
-        head = [None if x is None else x.detach().requires_grad_(frozen != "head") for x in (weight, bias)]
-        draft = list(h.unbind(0)) if as_list else h
+        states = [None if x is None else x.detach().requires_grad_(frozen != "hidden") for x in (hidden, u)]
+        weight, bias, second = (None if x is None else x.detach().requires_grad_(frozen != "head") for x in head)
+        draft, of_second = (list(x.unbind(0)) if as_list and x is not None else x for x in states)
+        given = {"bias": bias, "low_rank": None if u is None else (of_second, second)}
         with mock.patch.object(plain, "BLOCK_ELEMENTS", 64):  # a few rows
-            out = fused_lk.lk_loss(draft, head[0], target, bias=head[1], **options, **more)
+            out = fused_lk.lk_loss(draft, weight, target, **given, **options, **more)
             upstream = torch.linspace(1.5, 2.5, out.loss.numel(), dtype=out.loss.dtype).view(out.loss.shape)
-            leaves = [x for x in (h, *head) if x is not None and x.requires_grad]
+            leaves = [x for x in (*states, weight, bias, second) if x is not None and x.requires_grad]
             results.append((out, torch.autograd.grad((out.loss * upstream).sum(), leaves)))
     (ours, gradients), (oracle, expected) = results
     assert_outputs_agree(ours, oracle, 1e-9, 1e-9)
+    assert ours.term_sums.keys() == oracle.term_sums.keys()
+    for name, want in oracle.term_sums.items():
+        torch.testing.assert_close(ours.term_sums[name], want, atol=1e-9, rtol=1e-9, equal_nan=True)
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)

@@ -60,6 +60,13 @@ def test_values_and_gradients(member, mass):
     torch.testing.assert_close(got[3], want[3], rtol=1e-10, atol=1e-13)
 
 
+def test_reverse_kl_of_tokens_that_underflow():
+    """A target's probability of exp(-2000) is 0 as a number, but the token is not impossible."""
+    log_p = torch.tensor([[0.0, -2000.0], [0.0, -math.inf]], dtype=torch.float64)
+    rkl = reference.further_divergences(torch.zeros_like(log_p), log_p)["rkl"]
+    assert rkl.tolist() == pytest.approx([1000 - math.log(2), math.inf])
+
+
 def test_rows_that_are_facts():
     """Disjoint, unsupported, NaN: what the contract says, written down."""
     inf, nan = math.inf, math.nan

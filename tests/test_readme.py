@@ -39,6 +39,8 @@ def training_step():
         "t2d": vocab.t2d,
         "target": fused_lk.Target.from_hidden(torch.randn(2, 3, 5), torch.randn(9, 5), vocab=vocab),
         "loss_mask": torch.ones(2, 3, dtype=torch.bool),
+        "labels": torch.randint(9, (2, 3)),
+        "confidence": torch.randn(2, 3),
         **{f"hidden_{k}": hidden[k] for k in range(3)},
     }
 

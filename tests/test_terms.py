@@ -255,6 +255,27 @@ def test_labels(impl):
             fused_lk.lk_loss(hidden, weight, target, labels=wrong, impl=impl)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("plan", ["one_pass", "recompute"])
+def test_labels_that_a_restricted_draft_cannot_say(plan, impl):
+    """As ones that the draft vocabulary lacks: 0, and no gradient, where the cross-entropy would be infinite."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 4, generator=generator, requires_grad=True)
+    weight = torch.randn(7, 4, generator=generator, requires_grad=True)
+    ids, log_probs = torch.tensor([[1, 2, 5]] * 3), torch.tensor([[-1.0, -2.0, -float("inf")]] * 3)
+    target = fused_lk.Target.from_topk(ids, log_probs, 7, restrict_draft=True)
+    labels = torch.tensor([1, 3, 5])
+    out = fused_lk.lk_loss(
+        hidden, weight, target, labels=labels, objective="ce", reduction="sum", plan=plan, impl=impl,
+        workspace_mb=0.0001,
+    )  # fmt: skip
+    want = -(hidden[0] @ weight[1:3].T).log_softmax(0)[0]
+    torch.testing.assert_close(out.loss, want)
+    gradients = [torch.autograd.grad(x, (hidden, weight)) for x in (out.loss, want)]
+    for got, x in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, x)
+
+
 def test_bad_objectives():
     problem = make_problem()
     for options, match in (

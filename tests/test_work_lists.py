@@ -58,7 +58,8 @@ def test_ttt(steps, shift, weighted, packed, skip_masked):
 @pytest.mark.parametrize("skip_masked", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_blocks(weighted, packed, skip_masked):
+@pytest.mark.parametrize("ends_at_gap", [True, False])
+def test_blocks(ends_at_gap, weighted, packed, skip_masked):
     mask, ids = random_tokens(7, weighted)
     ids = ids if packed else None
     anchors = torch.tensor([[0, 4, -1, 4], [10, -1, -1, 3], [8, 1, 2, 9]])
@@ -66,9 +67,13 @@ def test_blocks(weighted, packed, skip_masked):
     for b in range(BATCH):
         for a, anchor in enumerate(anchors[b].tolist()):
             for j in range(5 if anchor >= 0 else 0):
-                if weight := counts(mask, ids, b, anchor, anchor + j):
+                weight = counts(mask, ids, b, anchor, anchor + j)
+                if weight:
                     expected[((b * 4 + a) * 5 + j, b * LENGTH + anchor + j, j)] = weight
-    pairs = fused_lk.Pairs.blocks(anchors, 5, mask, sequence_ids=ids, skip_masked=skip_masked)
+                elif ends_at_gap:
+                    break
+    options = {"sequence_ids": ids, "ends_at_gap": ends_at_gap, "skip_masked": skip_masked}
+    pairs = fused_lk.Pairs.blocks(anchors, 5, mask, **options)
     assert (pairs.shape, pairs.num_positions) == ((BATCH, 4, 5), 5)
     assert len(expected) > 5
     assert listed(pairs) == expected
@@ -107,6 +112,7 @@ def test_a_block_drafter_is_scored_as_written_out():
         (lambda mask: fused_lk.Pairs.blocks(torch.full((3, 1), -2), 3, mask), r"anchors in \[-1, 11\)"),
         (lambda mask: fused_lk.Pairs.blocks(torch.full((3, 1), 11), 3, mask), r"anchors in \[-1, 11\)"),
         (lambda mask: fused_lk.Pairs.blocks(torch.zeros(3, 4), 3, mask), "anchors of dtype int64"),
+        (lambda mask: fused_lk.Pairs.blocks(torch.zeros(3, 4).long(), 3, mask, ends_at_gap=1), "ends_at_gap"),
     ],
 )
 def test_errors(make, message):

@@ -142,6 +142,7 @@ class Pairs:
         loss_mask: Tensor,
         *,
         sequence_ids: Tensor | None = None,
+        ends_at_gap: bool = False,
         skip_masked: bool = True,
     ) -> Pairs:
         """The pairs of a block drafter: element j of the block at anchor a against target row a + j.
@@ -152,6 +153,7 @@ class Pairs:
         Args:
             anchors: int64 `[B, A]`, the row of its sequence that each block starts from; -1 for no block.
             block_size: elements of a block.
+            ends_at_gap: True ends a block at its first token that does not count, as DSpark does (SpecForge 0.2.0).
             loss_mask, sequence_ids, skip_masked: as in `ttt`. Anchors on a device are checked with FUSED_LK_VALIDATE=1
                 only.
 
@@ -161,7 +163,7 @@ class Pairs:
         Raises:
             TypeError, ValueError: wrong types, shapes, devices or sizes; anchors outside `[-1, S)`.
         """
-        counts, rows = patterns.blocks(anchors, block_size, loss_mask, sequence_ids)
+        counts, rows = patterns.blocks(anchors, block_size, loss_mask, sequence_ids, ends_at_gap)
         return cls(counts, rows, position_dim=-1, skip_masked=skip_masked)
 
     @property

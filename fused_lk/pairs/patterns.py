@@ -22,7 +22,9 @@ def ttt(loss_mask: Tensor, steps: int, shift: int, sequence_ids: Tensor | None) 
     return _in_sequences(loss_mask, sequence_ids, sequence, own, own + (step + shift))
 
 
-def blocks(anchors: Tensor, block_size: int, loss_mask: Tensor, sequence_ids: Tensor | None) -> Pattern:
+def blocks(
+    anchors: Tensor, block_size: int, loss_mask: Tensor, sequence_ids: Tensor | None, ends_at_gap: bool
+) -> Pattern:
     """`[B, A, block_size]`: element j of the block at anchor a meets target row a + j of its sequence."""
     _check_tokens(loss_mask, sequence_ids)
     block_size = checks.integer("block_size", block_size)
@@ -36,7 +38,10 @@ def blocks(anchors: Tensor, block_size: int, loss_mask: Tensor, sequence_ids: Te
     sequence, block, element = _grid(anchors.device, batch, anchors.shape[1], block_size)
     own = anchors[sequence, block]
     rows = torch.where(own >= 0, own + element, length)
-    return _in_sequences(loss_mask, sequence_ids, sequence, own, rows)
+    counts, rows = _in_sequences(loss_mask, sequence_ids, sequence, own, rows)
+    if checks.flag("ends_at_gap", ends_at_gap):
+        counts = counts.masked_fill((counts != 0).cumprod(-1) == 0, 0)
+    return counts, rows
 
 
 def _grid(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:

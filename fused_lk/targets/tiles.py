@@ -54,6 +54,10 @@ class Tiles:
         """
         raise NotImplementedError
 
+    def listed(self, labels: Tensor, rows: slice | Tensor) -> Tensor:
+        """The `labels` `[n]`, columns, that the target's `rows` can say, and -1 for others. (As `restrict`.)"""
+        raise NotImplementedError
+
     def dense(self) -> Tensor:
         """All logits, `[num_rows, vocab_size]`, in the accumulation dtype. Only the reference needs them at once."""
         t = self._tensors[0].new_empty(self.num_rows, self.vocab_size, dtype=self.dtype)

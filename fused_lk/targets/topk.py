@@ -38,6 +38,10 @@ class TopKTiles(Tiles):
         values = torch.where(inside & possible, z.gather(1, at), NEG_INF)
         z.masked_fill_(answered, NEG_INF).scatter_reduce_(1, at, values, "amax")
 
+    def listed(self, labels: Tensor, rows: slice | Tensor) -> Tensor:
+        found = (self.draft_ids[rows] == labels.unsqueeze(1)) & (self.log_probs[rows] != NEG_INF)
+        return torch.where(found.any(1), labels, -1)
+
     def _columns(self, rows: slice | Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """`[n, k]`: the column of each token, and whether it is one of `columns`.
 

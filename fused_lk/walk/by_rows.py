@@ -61,11 +61,13 @@ def logit_rows(
 ) -> LogitRows:
     """The logits of draft and target for a chunk's pairs and a block of columns, in tiles or where they lie."""
     z = draft.fill(plan.layout, chunk, h, columns, tiles.z)
+    labels = None if problem.labels is None else plan.layout.per_pair(problem.labels)[chunk.start : chunk.stop]
     if problem.target.tiles.restricts_draft:
         of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
-        problem.target.tiles.restrict(z, pairs if of_pairs is None else of_pairs[pairs], columns)
+        of_target = pairs if of_pairs is None else of_pairs[pairs]
+        problem.target.tiles.restrict(z, of_target, columns)
+        labels = None if labels is None else problem.target.tiles.listed(labels, of_target)
     t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
-    labels = None if problem.labels is None else plan.layout.per_pair(problem.labels)[chunk.start : chunk.stop]
     transforms = (problem.transform, problem.target.transform)
     return LogitRows(z, t, index, None, *transforms, columns.start, labels, problem.jsd_beta)
 
