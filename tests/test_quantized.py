@@ -52,7 +52,8 @@ class Case:
         scale = torch.rand(V, groups, generator=g) / (10 if int4 else 150) + 0.01
         zero = torch.randint(-3, 4, (V, groups), generator=g)
         scale, shift = scale.to(dtype), torch.randn(V, groups, generator=g).to(dtype) / 9
-        float8 = (3 * torch.randn(V, H, generator=g)).to(torch.float8_e5m2 if "e5m2" in kind else torch.float8_e4m3fn)
+        of_fp8 = torch.float8_e5m2 if "e5m2" in kind else torch.float8_e4m3fn
+        float8 = (3 * torch.randn(V, H, generator=g)).to(of_fp8)
         whole = float8.double() if "fp8" in kind else ints.double()
         if kind in ("int8 zero point", "int8 groups", "int4 words"):
             whole = whole - per_group(zero, groups)
@@ -64,7 +65,8 @@ class Case:
             scale = blocks.repeat_interleave(16, 0)[:V].repeat_interleave(12, 1)[:, :H]
         elif kind == "fp8 powers":
             exponents = torch.randint(120, 127, (V, 4), generator=g, dtype=torch.uint8)
-            self.quantized, scale = QuantizedWeight(float8, exponents).to(dtype), 2.0 ** (exponents.double() - 127)
+            self.quantized = QuantizedWeight(float8, exponents).to(dtype)
+            scale = 2.0 ** (exponents.double() - 127)
         else:
             self.quantized = {
                 "fp8 rows": lambda: QuantizedWeight(float8, scale[:, 0]),
@@ -140,7 +142,8 @@ def outcome(head, hidden, weight, states, mask, impl, of_target, walk):
 @pytest.mark.parametrize("of_target", ["truncated", "shared", "cached"])
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize(
-    "impl, kind", [*(("torch", x) for x in ("fp8 blocks", "int8 zero point", "int4 of torchao")), ("triton", "int4 words")]
+    "impl, kind",
+    [*(("torch", x) for x in ("fp8 blocks", "int8 zero point", "int4 of torchao")), ("triton", "int4 words")],
 )
 def test_the_loss_is_that_of_the_dequantised_weight(impl, kind, walk, of_target):
     many = 12 if walk == "by rows" else 1
@@ -317,7 +320,10 @@ def test_checkpoints(kind, as_module):
         for name, x in named.items():
             source.register_buffer(name, x)
     else:
-        source, prefix = {f"lm_head.{name}": x for name, x in named.items()} | {"other.weight": torch.zeros(1)}, "lm_head."
+        source, prefix = (
+            {f"lm_head.{name}": x for name, x in named.items()} | {"other.weight": torch.zeros(1)},
+            "lm_head.",
+        )
     assert torch.equal(QuantizedWeight.of(source, prefix).dequantized(), values * 0.5)
 
 
@@ -415,7 +421,11 @@ REFUSED = [
         ValueError,
         "hidden with last dimension 8",
     ),
-    (lambda: TargetHead(QuantizedWeight(raw(), torch.ones(4)), bias=torch.ones(5)), ValueError, r"bias of shape \(4,\)"),
+    (
+        lambda: TargetHead(QuantizedWeight(raw(), torch.ones(4)), bias=torch.ones(5)),
+        ValueError,
+        r"bias of shape \(4,\)",
+    ),
 ]
 
 

@@ -15,15 +15,16 @@ from ..opaque import opaque
 from ..rows.interface import Normalizer, Transform, accumulation_dtype
 from .head import TargetHead
 from .logits import LogitsTiles, unwritten
-from .quantized import linear_into, of_parts, parts
+from .quantized import QuantizedWeight, of_parts, parts
 from .tiles import Made, Tiles, flat_constant, flat_ids, given_normalizer
 
 
 class HiddenTiles(Tiles):
     """Logits that are made from hidden states `[N, H]` and the draft vocabulary's rows (and biases) of a head.
 
-    The tensors are the hidden states, the `parts` of the weight (one, or four if it is quantised), and a bias if there is
-    one. Logits have the dtype that the products are computed in. With `exact`, they are the products' own float32 results.
+    The tensors are the hidden states, the `parts` of the weight (one, or four if it is quantised), and a bias if there
+    is one. Logits have the dtype that the products are computed in. With `exact`, they are the products' own float32
+    results.
     """
 
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, exact: bool = False) -> None:
@@ -35,7 +36,7 @@ class HiddenTiles(Tiles):
 
     def write(self, t: Tensor, rows: slice | Tensor, columns: slice) -> None:
         bias = None if self.bias is None else self.bias[columns]
-        linear_into(t, self.hidden[rows], self.weight[columns], bias)
+        _linear_into(t, self.hidden[rows], self.weight[columns], bias)
 
     def dense(self) -> Tensor:
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dequantized()
@@ -129,7 +130,7 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, imp
         stop = min(start + step, count)
         at = slice(start, stop) if rows is None else rows[start:stop]
         logits = tile[: stop - start]
-        linear_into(logits, hidden[at], weight, bias)
+        _linear_into(logits, hidden[at], weight, bias)
         found = [torch.empty_like(x[start:stop]) for x in results]
         ops.lse_argmax(logits, transform, t2d, found[0], None if t2d is None else found[2], found[1])
         for x, of_rows in zip(results, found, strict=True):
@@ -151,6 +152,13 @@ def _unwritten(
     n, dtype = hidden.shape[0] if cache else 0, _logits_dtype(hidden, exact)
     cached = hidden.new_zeros(n, gemm.row_stride(columns), dtype=dtype)[:, :columns]
     return *unwritten(hidden, t2d), cached
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
+    if isinstance(weight, Tensor):
+        gemm.linear_into(out, x, weight, bias)
+    else:
+        weight.linear_into(out, x, bias)
 
 
 def _logits_dtype(hidden: Tensor, exact: bool) -> torch.dtype:

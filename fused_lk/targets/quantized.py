@@ -1,4 +1,4 @@
-"""A head's weight that stays quantised, and products with it: a block of rows is dequantised at a time."""
+"""A head's weight that stays quantised: a product with it dequantises a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PER_ELEMENT = {**dict.fromkeys(_FLOAT8, 1), torch.int8: 1, torch.uint8: 2, torch.int32: 8}
 # The blocks of two-dimensional scales, where their number fits.
 _BLOCK = 128
-# torchao 0.18: `W = (qdata - zero_point) * scale`. Its Int4Tensor is `qdata * scale + zero_point`, and has both transposed.
+# torchao 0.18: W = (qdata - zero_point) * scale. Int4Tensor: W = qdata * scale + zero_point, both transposed.
 _TORCHAO = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor")
 # compressed-tensors 0.20, and the checkpoints that name an fp8 scale `weight_scale_inv` (it multiplies all the same).
 _NAMES = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_scale_inv", "weight_zero_point")
@@ -131,6 +131,7 @@ class QuantizedWeight:
             expected = f"the names {', '.join(_NAMES)}, as compressed-tensors has them for fp8, int8 and packed int4"
             got = ", ".join(f"{k} ({checks.describe(v)})" for k, v in sorted(found.items()) if "." not in k) or "none"
             checks.fail(expected, got, f"Name the prefix, or the format is not known. {_DEQUANTIZE}")
+        assert values is not None and scale is not None  # for mypy
         hidden_size = None
         if packed is not None:
             hidden_size = int(found["weight_shape"][1])
@@ -160,6 +161,13 @@ class QuantizedWeight:
             groups.add_(offset.unsqueeze(-1))
         return whole.to(self.dtype)
 
+    def linear_into(self, out: Tensor, x: Tensor, bias: Tensor | None) -> None:
+        """`gemm.linear_into` with this weight, a block of columns of `out` at a time."""
+        step = gemm.block_rows(self.shape[1])
+        for start in range(0, self.shape[0], step):
+            columns = slice(start, start + step)
+            gemm.linear_into(out[:, columns], x, self[columns].dequantized(), None if bias is None else bias[columns])
+
     def __repr__(self) -> str:
         return f"QuantizedWeight({list(self.shape)} in {self.parts[0].dtype}, {self.dtype}, {self.device})"
 
@@ -168,7 +176,8 @@ def as_weight(name: str, weight: Any) -> Tensor | QuantizedWeight:
     """A head's `weight`, checked: quantised if it is known to be, else a dense tensor without a gradient."""
     if isinstance(weight, QuantizedWeight):
         return weight
-    if is_traceable_wrapper_subclass(weight) and not (hasattr(weight, "full_tensor") or weight.is_nested):
+    plain = not isinstance(weight, Tensor) or weight.is_nested or hasattr(weight, "full_tensor")
+    if not plain and is_traceable_wrapper_subclass(weight):
         return _of_torchao(weight, name)
     if isinstance(weight, Tensor) and weight.dtype in _PER_ELEMENT:
         checks.fail(
@@ -194,25 +203,14 @@ def of_parts(tensors: Sequence[Tensor], hidden: Tensor) -> Tensor | QuantizedWei
     return QuantizedWeight.__new__(QuantizedWeight)._set(tensors, hidden.shape[1], hidden.dtype)
 
 
-def linear_into(out: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
-    """`gemm.linear_into`, with a quantised weight a block of columns of `out` at a time."""
-    if isinstance(weight, Tensor):
-        gemm.linear_into(out, x, weight, bias)
-        return
-    step = gemm.block_rows(weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        columns = slice(start, start + step)
-        gemm.linear_into(out[:, columns], x, weight[columns].dequantized(), None if bias is None else bias[columns])
-
-
-def _of_torchao(weight: Tensor, name: str = "the weight") -> QuantizedWeight:
+def _of_torchao(weight: Any, name: str = "the weight") -> QuantizedWeight:
     kind = type(weight).__name__
     if kind not in _TORCHAO or getattr(weight, "act_pre_scale", None) is not None or weight.ndim != 2:
         got = f"a {kind} of shape {tuple(weight.shape)}"
         got += " with an act_pre_scale" if getattr(weight, "act_pre_scale", None) is not None else ""
         expected = f"{name} to be a plain tensor `[V, H]`, or one of torchao's {', '.join(_TORCHAO)}"
         checks.fail(expected, got, _DEQUANTIZE, TypeError)
-    how = {"block": weight.block_size or None, "hidden_size": weight.shape[1], "dtype": weight.dtype}
+    how: dict[str, Any] = {"block": weight.block_size or None, "hidden_size": weight.shape[1], "dtype": weight.dtype}
     if kind == "Int4Tensor":
         return QuantizedWeight(weight.qdata.view(torch.int8), weight.scale.t(), offset=weight.zero_point.t(), **how)
     return QuantizedWeight(weight.qdata, weight.scale, getattr(weight, "zero_point", None), **how)
@@ -254,7 +252,7 @@ def _bytes(values: Tensor, size: int) -> Tensor:
         wanted = [x for x in (size, -(-size // 2)) if x == width and (x == size or values.dtype not in _FLOAT8)]
     if not wanted:
         expected = f"a row of {size} values: one an element, or packed as int4 (in int32 also int8)"
-        checks.fail(expected, f"{width} elements a row", f"Check hidden_size; other widths are not known. {_DEQUANTIZE}")
+        checks.fail(expected, f"{width} elements a row", f"Check hidden_size. {_DEQUANTIZE}")
     return values[:, : wanted[0]]
 
 

@@ -101,7 +101,8 @@ class Target:
         loss finds both in the tiles it makes anyway, and no pass is needed.
 
         Args:
-            hidden: `[..., H_target]`, of the head's dtype, or of any where its weight is quantised (under `torch.autocast` both are cast, as by `F.linear`).
+            hidden: `[..., H_target]`, of the head's dtype, or of any where its weight is quantised (under
+                `torch.autocast` both are cast, as by `F.linear`).
             head: a `TargetHead`, or a bare weight `[V_target, H_target]`, dense or quantised, with `vocab=`, `bias=`,
                 `logit_scale=` and `softcap=`.
             mask: optional `[...]`: bool, integers 0 and 1, or float weights >= 0. Rows with False or 0 are not

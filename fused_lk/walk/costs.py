@@ -130,9 +130,9 @@ class Costs:
         f, n = self.facts, self.pairs
         hidden = n * f.hidden_size * f.dtype.itemsize if self.gathers else 0
         parts = (("tiles", self._tile_bytes(n, self.targets, f.vocab_size)), ("hidden states, gathered", hidden))
-        rows, block, gathered = self._rows(f.vocab_size), self._dequantized(f.vocab_size), self._target_states(self.targets)
+        rows, block = self._rows(f.vocab_size), self._dequantized(f.vocab_size)
         if not makes_gradient:
-            of_target = (("target states, gathered", gathered), block)
+            of_target = (("target states, gathered", self._target_states(self.targets)), block)
             return (*parts, *max((rows,), of_target, key=lambda x: sum(map(_size, x))))
         upcast = self._scratch(f.vocab_size, n, f.hidden_size) if f.needs_weight else 0
         d_rows = hidden if f.needs_hidden else 0
