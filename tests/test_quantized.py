@@ -86,8 +86,8 @@ class Case:
 
 
 KINDS = (
-    "fp8 tensor", "fp8 rows", "fp8 e5m2 rows", "fp8 blocks", "fp8 powers", "int8 rows", "int8 zero point", "int8 groups",
-    "int8 words", "int4", "int4 words", "int4 of torchao",
+    "fp8 tensor", "fp8 rows", "fp8 e5m2 rows", "fp8 blocks", "fp8 powers", "int8 rows", "int8 zero point",
+    "int8 groups", "int8 words", "int4", "int4 words", "int4 of torchao",
 )  # fmt: skip
 
 
