@@ -8,6 +8,7 @@ from .output import Divergences, LKOutput, LKSums
 from .pairs.pairs import Pairs
 from .reference import expected_acceptance_length
 from .targets.head import TargetHead
+from .targets.quantized import QuantizedWeight
 from .targets.target import Target
 from .targets.vocab import DraftVocab
 
@@ -21,6 +22,7 @@ __all__ = [
     "LKOutput",
     "LKSums",
     "Pairs",
+    "QuantizedWeight",
     "Target",
     "TargetHead",
     "expected_acceptance_length",

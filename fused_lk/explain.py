@@ -89,6 +89,7 @@ def explain(
     target_hidden_size: int | None = None,
     low_rank: int = 0,
     normalizer_given: bool = False,
+    quantized_head: bool = False,
     ttt_steps: int = 1,
     masked_share: float = 0.0,
     pairs: Pairs | None = None,
@@ -118,6 +119,7 @@ def explain(
         low_rank: r, the columns of both tensors of `low_rank`, which train as hidden states and head do.
         target: "hidden", "cached" (`cache=True`), "logits", "probs" or "topk" (`restrict_draft` changes nothing here).
         normalizer_given: whether a target from hidden states is told its normaliser and argmax.
+        quantized_head: whether the weight of such a target's head is a `QuantizedWeight`.
         ttt_steps: K; row t of step k is scored against target row t + k.
         masked_share: share of the tokens that are not supervised, in [0, 1]; they are taken to come first.
         pairs: the actual work list, instead of `masked_share`; of `ttt_steps * num_tokens` rows.
@@ -140,7 +142,8 @@ def explain(
             f"{vocab} draft tokens of {full_vocab}",
             "Draft first, then target; trim padded rows of the draft's head.",
         )
-    flags = {"normalizer_given": normalizer_given, "frozen_head": frozen_head, "frozen_hidden": frozen_hidden}
+    flags = {"normalizer_given": normalizer_given, "quantized_head": quantized_head}
+    flags |= {"frozen_head": frozen_head, "frozen_hidden": frozen_hidden}
     for name, value in flags.items():
         checks.flag(name, value)
     checks.choice("target", target, TARGET_KINDS)
@@ -184,7 +187,8 @@ def explain(
     )
     streams = target == "cached" or (target == "hidden" and vocab < full_vocab and not normalizer_given)
     kind = "logits" if target == "cached" else target
-    of = TargetFacts(kind, num_tokens, target_h, full_vocab, of_target.itemsize, streams, target == "cached")
+    quantized = quantized_head and target in ("hidden", "cached")
+    of = TargetFacts(kind, num_tokens, target_h, full_vocab, of_target.itemsize, streams, target == "cached", quantized)
     return _told(Costs(Plan.of(facts, one_pass, why), of))
 
 

@@ -22,7 +22,8 @@ CPU_WORKSPACE_MB = 64
 # rows of odd vocabularies are loaded 128 bits at a time too.
 ROW_ALIGNMENT = 64
 
-# Elements of an upcast block of either factor where a backend has no product with a float32 result (32 MiB in float32).
+# Elements of an upcast block of either factor where a backend has no product with a float32 result (32 MiB in float32),
+# and of a dequantised block.
 _BLOCK_ELEMENTS = 2**23
 
 
@@ -90,7 +91,7 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
             out.add_(bias)
     else:
         wide = x.to(out.dtype)
-        step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
+        step = block_rows(weight.shape[1])
         for start in range(0, weight.shape[0], step):
             block = weight[start : start + step].to(out.dtype)
             torch.mm(wide, block.t(), out=out[:, start : start + step])
@@ -131,9 +132,14 @@ def accumulate_scratch(m: int, k: int, n: int, dtype: torch.dtype, total: torch.
     return (inner * n + min(m, step) * inner) * total.itemsize
 
 
+def block_rows(columns: int) -> int:
+    """Rows of a block of a weight that is made anew for a product: upcast, or dequantised."""
+    return max(1, _BLOCK_ELEMENTS // max(columns, 1))
+
+
 def _upcast_blocks(k: int, n: int) -> tuple[int, int]:
     """Rows of b `[k, n]`, and rows of a, that are upcast at a time."""
-    inner = max(1, _BLOCK_ELEMENTS // max(n, 1))
+    inner = block_rows(n)
     return inner, max(1, _BLOCK_ELEMENTS // max(min(k, inner), n, 1))
 
 

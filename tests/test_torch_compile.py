@@ -220,7 +220,7 @@ def test_opcheck_of_the_targets_pass():
     for vocab, cache in (((None, None, None), False), ((mask, t2d, ids), True), ((None, None, None), True)):
         torch.library.opcheck(
             stream_hidden.operator,
-            (states, head.weight, None, *vocab, 0.8, 0.5 if cache else None, "torch", None, False, cache),
+            (states, [head.weight], None, *vocab, 0.8, 0.5 if cache else None, "torch", None, False, cache),
         )
     torch.library.opcheck(stream_logits.operator, (states @ head.weight.T, t2d, 0.8, "torch"))
 

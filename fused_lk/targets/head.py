@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..gemm import compute_dtype
+from .quantized import QuantizedWeight, as_weight
 from .vocab import DraftVocab, check_vocab
 
 
@@ -16,7 +17,8 @@ class TargetHead:
     """The target's `lm_head`, with the draft vocabulary's rows sliced once; keep it across batches.
 
     Args:
-        lm_head_weight: `[V_target, H_target]`; detached, it never receives a gradient.
+        lm_head_weight: `[V_target, H_target]`; detached, it never receives a gradient. Or a `QuantizedWeight`, or a
+            quantised tensor of torchao: it stays quantised, and so does its slice.
         vocab: the draft vocabulary; None: both models share one vocabulary (nothing is copied).
         bias: optional `[V_target]`.
         logit_scale, softcap: what the model does to the logits of this head, both > 0:
@@ -31,7 +33,7 @@ class TargetHead:
 
     def __init__(
         self,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | QuantizedWeight,
         vocab: DraftVocab | None = None,
         bias: Tensor | None = None,
         *,
@@ -40,15 +42,13 @@ class TargetHead:
     ) -> None:
         checks.softmax("temperature", 1.0, logit_scale, softcap)
         self.logit_scale, self.softcap = logit_scale, softcap
-        lm_head_weight, bias = checks.weight_here(lm_head_weight), checks.weight_here(bias)
-        checks.tensor("lm_head_weight", lm_head_weight, ndim=2, dtypes=checks.FLOATS)
-        checks.not_empty("lm_head_weight", lm_head_weight, vocabulary=0, hidden_size=1)
-        check_vocab(vocab, lm_head_weight.shape[0], "lm_head_weight")
+        weight, bias = as_weight("lm_head_weight", checks.weight_here(lm_head_weight)), checks.weight_here(bias)
+        check_vocab(vocab, weight.shape[0], "lm_head_weight")
         if bias is not None:
-            checks.tensor("bias", bias, dtypes=[lm_head_weight.dtype])
-            checks.shape("bias", bias, (lm_head_weight.shape[0],), "one per row of lm_head_weight")
-            checks.same_device(lm_head_weight.device, bias=bias)
-        self.weight = lm_head_weight.detach()
+            checks.tensor("bias", bias, dtypes=[weight.dtype] if isinstance(weight, Tensor) else checks.FLOATS)
+            checks.shape("bias", bias, (weight.shape[0],), "one per row of lm_head_weight")
+            checks.same_device(weight.device, bias=bias)
+        self.weight = weight
         self.bias = None if bias is None else bias.detach()
         self.vocab = None if vocab is None else vocab.to(self.weight.device)
         ids = None if self.vocab is None else self.vocab.target_ids
@@ -56,10 +56,13 @@ class TargetHead:
         self.draft_bias = self.bias if ids is None or self.bias is None else self.bias[ids]
         self._in_compute_dtype: TargetHead | None = None
 
-    def in_compute_dtype(self) -> TargetHead:
-        """This head in the dtype that a linear layer with its weight would compute in, here and now."""
-        dtype = compute_dtype(self.weight)
-        if dtype == self.weight.dtype:
+    def in_compute_dtype(self, hidden: Tensor) -> TargetHead:
+        """This head in the dtype that a linear layer with its weight would compute in, here and now.
+
+        A quantised weight is dequantised into the dtype of the hidden states.
+        """
+        dtype = compute_dtype(self.weight if isinstance(self.weight, Tensor) else hidden)
+        if all(x is None or x.dtype == dtype for x in (self.weight, self.bias)):
             return self
         kept = self._in_compute_dtype
         if kept is None or kept.weight.dtype != dtype:
@@ -75,7 +78,7 @@ def as_head(
     head: Any, vocab: DraftVocab | None, bias: Tensor | None, logit_scale: float, softcap: float | None
 ) -> TargetHead:
     """A `TargetHead` as it is, or the head of a bare weight with its vocabulary, bias and options."""
-    if isinstance(head, Tensor):
+    if isinstance(head, (Tensor, QuantizedWeight)):
         return TargetHead(head, vocab, bias, logit_scale=logit_scale, softcap=softcap)
     if not isinstance(head, TargetHead):
         remedy = checks.instead(head, "Build TargetHead(weight, vocab).")

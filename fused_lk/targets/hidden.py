@@ -15,27 +15,33 @@ from ..opaque import opaque
 from ..rows.interface import Normalizer, Transform, accumulation_dtype
 from .head import TargetHead
 from .logits import LogitsTiles, unwritten
+from .quantized import QuantizedWeight, of_parts, parts
 from .tiles import Made, Tiles, flat_constant, flat_ids, given_normalizer
 
 
 class HiddenTiles(Tiles):
     """Logits that are made from hidden states `[N, H]` and the draft vocabulary's rows (and biases) of a head.
 
-    They have the dtype that the products are computed in. With `exact`, they are the products' own float32 results.
+    The tensors are the hidden states, the `parts` of the weight (one, or four if it is quantised), and a bias if there
+    is one. Logits have the dtype that the products are computed in. With `exact`, they are the products' own float32
+    results.
     """
 
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, exact: bool = False) -> None:
         self.kind = "exact_hidden" if exact else "hidden"
-        self.hidden, self.weight, *bias = tensors
-        self.bias = bias[0] if bias else None
+        self.hidden, *of_head = tensors
+        self.bias = of_head.pop() if len(of_head) in (2, 5) else None
+        self.weight = of_parts(of_head, self.hidden)
         super().__init__(tensors, vocab_size, _logits_dtype(self.hidden, exact))
 
     def write(self, t: Tensor, rows: slice | Tensor, columns: slice) -> None:
         bias = None if self.bias is None else self.bias[columns]
-        gemm.linear_into(t, self.hidden[rows], self.weight[columns], bias)
+        _linear_into(t, self.hidden[rows], self.weight[columns], bias)
 
     def dense(self) -> Tensor:
-        logits = F.linear(*(x.to(self.dtype) for x in self.tensors()))
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dequantized()
+        of_head = (weight,) if self.bias is None else (weight, self.bias)
+        logits = F.linear(*(x.to(self.dtype) for x in (self.hidden, *of_head)))
         return logits.to(accumulation_dtype(logits))
 
 
@@ -56,7 +62,7 @@ def of_hidden(
     checks.tensor("hidden", hidden, min_ndim=1, dtypes=checks.FLOATS)
     checks.is_constant("hidden", hidden)
     checks.same_device(head.weight.device, hidden=hidden)
-    head, hidden = head.in_compute_dtype(), hidden.to(gemm.compute_dtype(hidden))
+    head, hidden = head.in_compute_dtype(hidden), hidden.to(gemm.compute_dtype(hidden))
     checks.tensor("hidden", hidden, dtypes=[head.weight.dtype])
     if hidden.shape[-1] != head.weight.shape[1]:
         checks.fail(
@@ -66,7 +72,7 @@ def of_hidden(
         )
     rows, draft_size = hidden.detach().reshape(-1, hidden.shape[-1]), head.draft_weight.shape[0]
     bias = () if head.draft_bias is None else (head.draft_bias,)
-    tiles: Tiles = HiddenTiles((rows, head.draft_weight, *bias), draft_size, exact)
+    tiles: Tiles = HiddenTiles((rows, *parts(head.draft_weight), *bias), draft_size, exact)
     normalizer = None
     if log_normalizer is not None:
         log_normalizer = flat_constant("log_normalizer", log_normalizer, hidden, checks.FLOATS)
@@ -83,7 +89,7 @@ def of_hidden(
 
     t2d, draft_ids = (None, None) if head.vocab is None else (head.vocab.t2d, head.vocab.target_ids)
     how = (*transform, impl, budget, exact)
-    stream = partial(stream_hidden, rows, head.weight, head.bias, flat_mask, t2d, draft_ids, *how)
+    stream = partial(stream_hidden, rows, list(parts(head.weight)), head.bias, flat_mask, t2d, draft_ids, *how)
     find = None
     # Over a shared vocabulary a walk finds the normaliser and the argmax in the tiles that it makes anyway.
     if cache or (head.vocab is not None and normalizer is None and not (renormalize and ids is not None)):
@@ -99,13 +105,13 @@ def of_hidden(
 
 
 @opaque(
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, "
+    "(Tensor hidden, Tensor[] weight, Tensor? bias, Tensor? mask, Tensor? t2d, Tensor? cached_ids, "
     "float scale, float? inner, str impl, int? budget, bool exact, bool cache) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, impl, budget, exact, cache):
     """`(logsumexp, argmax, log_mass, cached)` of each row of `hidden @ weight.T + bias`, a workspace at a time.
 
-    Between the product and the softmax lies `Transform(scale, inner)`.
+    `weight` is the list of its `parts`. Between the product and the softmax lies `Transform(scale, inner)`.
 
     The first three are those of `stream_logits`. Rows outside `mask` are not computed: they are NaN, -1, NaN and 0.
     With `cache`, `cached` holds the columns `cached_ids` (None: all) of the same logits, as the product made them, with
@@ -117,14 +123,14 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, imp
     results = [lse, argmax] if t2d is None else [lse, argmax, log_mass]
     for x in results:
         x.fill_(float("nan") if x.is_floating_point() else -1)
-    ops, transform = row_ops(impl, hidden.device), Transform(scale, inner)
+    ops, transform, weight = row_ops(impl, hidden.device), Transform(scale, inner), of_parts(weight, hidden)
     step = gemm.rows_of_a_tile(weight.shape[0], count, cached.itemsize, hidden.device, budget)
     tile = gemm.tile(step, weight.shape[0], cached.dtype, hidden.device)
     for start in range(0, count, step):
         stop = min(start + step, count)
         at = slice(start, stop) if rows is None else rows[start:stop]
         logits = tile[: stop - start]
-        gemm.linear_into(logits, hidden[at], weight, bias)
+        _linear_into(logits, hidden[at], weight, bias)
         found = [torch.empty_like(x[start:stop]) for x in results]
         ops.lse_argmax(logits, transform, t2d, found[0], None if t2d is None else found[2], found[1])
         for x, of_rows in zip(results, found, strict=True):
@@ -140,12 +146,19 @@ def _(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, impl, budget, e
 
 
 def _unwritten(
-    hidden: Tensor, weight: Tensor, t2d: Tensor | None, cached_ids: Tensor | None, exact: bool, cache: bool
+    hidden: Tensor, weight: list[Tensor], t2d: Tensor | None, cached_ids: Tensor | None, exact: bool, cache: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    columns = weight.shape[0] if cached_ids is None else cached_ids.shape[0]
+    columns = weight[0].shape[0] if cached_ids is None else cached_ids.shape[0]
     n, dtype = hidden.shape[0] if cache else 0, _logits_dtype(hidden, exact)
     cached = hidden.new_zeros(n, gemm.row_stride(columns), dtype=dtype)[:, :columns]
     return *unwritten(hidden, t2d), cached
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
+    if isinstance(weight, Tensor):
+        gemm.linear_into(out, x, weight, bias)
+    else:
+        weight.linear_into(out, x, bias)
 
 
 def _logits_dtype(hidden: Tensor, exact: bool) -> torch.dtype:

@@ -17,6 +17,7 @@ from .head import TargetHead, as_head
 from .hidden import HiddenTiles, of_hidden
 from .logits import LogitsTiles, of_logits
 from .probs import ProbsTiles, of_probs
+from .quantized import QuantizedWeight
 from .tiles import Made, Tiles, of_inference_mode
 from .topk import TopKTiles, of_topk
 from .vocab import DraftVocab
@@ -77,7 +78,7 @@ class Target:
     @staticmethod
     def from_hidden(
         hidden: Tensor,
-        head: TargetHead | Tensor,
+        head: TargetHead | Tensor | QuantizedWeight,
         mask: Tensor | None = None,
         log_normalizer: Tensor | None = None,
         token_ids: Tensor | None = None,
@@ -100,8 +101,9 @@ class Target:
         loss finds both in the tiles it makes anyway, and no pass is needed.
 
         Args:
-            hidden: `[..., H_target]`, of the head's dtype (under `torch.autocast` both are cast, as by `F.linear`).
-            head: a `TargetHead`, or a bare weight `[V_target, H_target]` with `vocab=`, `bias=`,
+            hidden: `[..., H_target]`, of the head's dtype, or of any where its weight is quantised (under
+                `torch.autocast` both are cast, as by `F.linear`).
+            head: a `TargetHead`, or a bare weight `[V_target, H_target]`, dense or quantised, with `vocab=`, `bias=`,
                 `logit_scale=` and `softcap=`.
             mask: optional `[...]`: bool, integers 0 and 1, or float weights >= 0. Rows with False or 0 are not
                 computed and may not be used by any pair.

@@ -27,6 +27,7 @@ class TargetFacts(NamedTuple):
     itemsize: int  # of its logits
     streams: bool  # whether a pass over its full vocabulary is made from hidden states
     cached: bool
+    quantized: bool = False  # whether its head's weight is
 
 
 class Costs:
@@ -108,7 +109,8 @@ class Costs:
             ("tiles", self._tile_bytes(f.num_pairs, f.num_targets, plan.block_columns)),
             ("hidden states, gathered", gathered),
         )
-        blocks = (("target states, gathered", self._target_states(f.num_targets)), self._rows(plan.block_columns))
+        widest = max(self._rows(plan.block_columns), self._dequantized(plan.block_columns), key=_size)
+        blocks = (("target states, gathered", self._target_states(f.num_targets)), widest)
         scratch = ("upcast blocks", self._scratch(f.num_pairs, plan.block_columns, f.hidden_size))
         held_wide = gemm.held_dtype(f.dtype) != f.dtype
         wide_block = wide.itemsize * plan.block_columns * f.hidden_size if held_wide else 0
@@ -128,12 +130,13 @@ class Costs:
         f, n = self.facts, self.pairs
         hidden = n * f.hidden_size * f.dtype.itemsize if self.gathers else 0
         parts = (("tiles", self._tile_bytes(n, self.targets, f.vocab_size)), ("hidden states, gathered", hidden))
-        rows = self._rows(f.vocab_size)
+        rows, block = self._rows(f.vocab_size), self._dequantized(f.vocab_size)
         if not makes_gradient:
-            return (*parts, max(rows, ("target states, gathered", self._target_states(self.targets)), key=_size))
+            of_target = (("target states, gathered", self._target_states(self.targets)), block)
+            return (*parts, *max((rows,), of_target, key=lambda x: sum(map(_size, x))))
         upcast = self._scratch(f.vocab_size, n, f.hidden_size) if f.needs_weight else 0
         d_rows = hidden if f.needs_hidden else 0
-        widest = max(rows, ("dH of the chunk", d_rows), ("upcast blocks", upcast), key=_size)
+        widest = max(rows, block, ("dH of the chunk", d_rows), ("upcast blocks", upcast), key=_size)
         wide = gemm.wide_dtype(f.dtype).itemsize
         return (*parts, ("dH", self.d_hidden), ("dW, accumulated", self.d_weight(wide)), widest)
 
@@ -145,7 +148,7 @@ class Costs:
         return (
             ("target tile", rows * gemm.row_stride(target.vocab_size) * itemsize),
             ("draft columns", draft_columns),
-            ("rows", self._rows(target.vocab_size, buffers=3)[1]),
+            max(self._rows(target.vocab_size, buffers=3), self._dequantized(target.vocab_size), key=_size),
         )
 
     def _cached(self) -> int:
@@ -169,6 +172,13 @@ class Costs:
         buffers = plain.num_buffers(self.facts.terms) if buffers is None else buffers
         rows = plain.rows_of_a_block(columns, buffers)
         return "rows", buffers * rows * columns * self.facts.accumulator.itemsize
+
+    def _dequantized(self, columns: int) -> tuple[str, int]:
+        """A block of a quantised head, in float32 and in the dtype of the product."""
+        h, dtype = self.target.hidden_size, self.facts.dtype
+        wide = gemm.wide_dtype(dtype)
+        itemsize = wide.itemsize + (dtype.itemsize if dtype != wide else 0)
+        return "dequantised block", self.target.quantized * min(gemm.block_rows(h), columns) * h * itemsize
 
     def _scratch(self, m: int, k: int, n: int) -> int:
         f = self.facts
