@@ -95,7 +95,10 @@ def of_hidden(
             log_normalizer = lse
     elif head.vocab is None or ids is not None:
         find = partial(stream, False)
-    return Made(tiles, hidden.shape[:-1], head.vocab, normalizer, log_normalizer, ids, find, computed)
+    full: Tiles | None = None
+    if head.vocab is not None:
+        full = HiddenTiles((rows, head.weight, *(() if head.bias is None else (head.bias,))), len(head.weight), exact)
+    return Made(tiles, hidden.shape[:-1], head.vocab, normalizer, log_normalizer, ids, find, computed, full)
 
 
 @opaque(

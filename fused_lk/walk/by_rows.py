@@ -60,11 +60,8 @@ def logit_rows(
     problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Any, columns: slice, tiles: Tiles
 ) -> LogitRows:
     """The logits of draft and target for a chunk's pairs and a block of columns, in tiles or where they lie."""
-    z = draft.fill(plan.layout, chunk, h, columns, tiles.z)
-    if problem.target.tiles.restricts_draft:
-        of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
-        problem.target.tiles.restrict(z, pairs if of_pairs is None else of_pairs[pairs], columns)
-    t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
+    z = draft_logits(problem, plan, draft, chunk, h, columns, tiles.z)
+    t, index = target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
     labels = None if problem.labels is None else plan.layout.per_pair(problem.labels)[chunk.start : chunk.stop]
     transforms = (problem.transform, problem.target.transform)
     return LogitRows(z, t, index, None, *transforms, columns.start, labels, problem.jsd_beta)
@@ -83,7 +80,18 @@ def _chunks(
         yield chunk, h, rows
 
 
-def _target_logits(
+def draft_logits(
+    problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Any, columns: slice, tile: Tensor | None
+) -> Tensor:
+    """The draft's logits `[pairs, columns]`; -inf where the target's tiles restrict them."""
+    z: Tensor = draft.fill(plan.layout, chunk, h, columns, tile)
+    if problem.target.tiles.restricts_draft:
+        of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
+        problem.target.tiles.restrict(z, pairs if of_pairs is None else of_pairs[pairs], columns)
+    return z
+
+
+def target_logits(
     target: Any, layout: Layout, chunk: Chunk, columns: slice, tile: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`(t, index)`: logits `[rows, columns]`, and for each pair of the chunk its row in them (None: in order)."""
