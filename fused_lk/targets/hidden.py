@@ -101,7 +101,11 @@ def of_hidden(
             log_normalizer = lse
     elif head.vocab is None or ids is not None:
         find = partial(stream, False)
-    return Made(tiles, hidden.shape[:-1], head.vocab, normalizer, log_normalizer, ids, find, computed)
+    full: Tiles | None = None
+    if head.vocab is not None:
+        of_head = (*parts(head.weight), *(() if head.bias is None else (head.bias,)))
+        full = HiddenTiles((rows, *of_head), head.weight.shape[0], exact)
+    return Made(tiles, hidden.shape[:-1], head.vocab, normalizer, log_normalizer, ids, find, computed, full)
 
 
 @opaque(

@@ -54,7 +54,8 @@ def of_logits(logits: Tensor, vocab: DraftVocab | None, transform: Transform, im
     vocab = vocab.to(logits.device)
     lse, argmax, log_mass = stream_logits(rows, vocab.t2d, scale, impl)
     tiles = LogitsTiles((rows, vocab.target_ids), vocab.draft_size)
-    return Made(tiles, shape, vocab, Normalizer(log_mass, True, 0.0), lse, argmax)
+    full = LogitsTiles((rows,), vocab.target_size)
+    return Made(tiles, shape, vocab, Normalizer(log_mass, True, 0.0), lse, argmax, full=full)
 
 
 @opaque("(Tensor logits, Tensor? t2d, float scale, str impl) -> (Tensor, Tensor, Tensor)")

@@ -45,7 +45,9 @@ def of_probs(probs: Tensor, vocab: DraftVocab | None, token_ids: Tensor | None) 
     rows = probs.detach().reshape(-1, size)
     zero, ids = zero_normalizer(rows), flat_ids(token_ids, probs, target_size)
     find = partial(_find, zero.value, rows, vocab)
-    return Made(ProbsTiles((rows,), size), probs.shape[:-1], vocab, zero, zero.value, ids, find)
+    num_ranked = None if vocab is None else 0  # a token outside the draft vocabulary may be likelier than all inside
+    tiles = ProbsTiles((rows,), size)
+    return Made(tiles, probs.shape[:-1], vocab, zero, zero.value, ids, find, num_ranked=num_ranked)
 
 
 def _find(log_normalizer: Tensor, probs: Tensor, vocab: DraftVocab | None) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,8 @@ class Target:
         # The argmax as target ids, `[num_tokens]`, or None: then a walk looks for it, if it can be found at all.
         self.known_ids = made.known_ids
         self.finds_argmax = made.known_ids is None and made.find is not None
+        # What an evaluation takes beside these: p renormalised on the draft vocabulary knows of no other token.
+        self.full, self.num_ranked = (None, None) if renormalize else (made.full, made.num_ranked)
         # What only a caller reads. A walk never does: a loss must not depend on whether somebody looked.
         self._log_normalizer, self._find = made.log_normalizer, made.find
         self._found: tuple[Tensor, ...] | None = None

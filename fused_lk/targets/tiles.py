@@ -74,6 +74,9 @@ class Made(NamedTuple):
         find: makes `(log_normalizer, argmax, ...)` where a caller asks for what is not known; None: it stays unknown.
             It is a partial, not a closure, so that targets can be pickled and copied.
         computed: bool `[num_rows]` on the host, the rows that the target's own mask left in; None: all of them.
+        full: the logits over the target's own vocabulary, where `tiles` are columns of it; None: `tiles` are all there
+            is.
+        num_ranked: how many of a row's best tokens over the target's vocabulary are known to be so; None: all.
     """
 
     tiles: Tiles
@@ -84,6 +87,8 @@ class Made(NamedTuple):
     known_ids: Tensor | None = None
     find: Callable[[], tuple[Tensor, ...]] | None = None
     computed: np.ndarray | None = None
+    full: Tiles | None = None
+    num_ranked: int | None = None
 
 
 def flat_constant(name: str, value: Tensor, like: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:

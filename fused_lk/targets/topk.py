@@ -101,7 +101,9 @@ def of_topk(
     best, at = listed.max(1)
     argmax = torch.where(best == NEG_INF, -1, ids.gather(1, at.unsqueeze(1)).squeeze(1))
     tiles = TopKTiles((rows, draft_ids), draft_size, restrict_draft)
-    return Made(tiles, token_ids.shape[:-1], draft_vocab, normalizer, normalizer.value, argmax)
+    full = None if draft_vocab is None else TopKTiles((rows, ids), target_size)
+    known = (normalizer, normalizer.value, argmax)
+    return Made(tiles, token_ids.shape[:-1], draft_vocab, *known, full=full, num_ranked=ids.shape[1])
 
 
 def _listed_once(ids: Tensor, listed: Tensor, target_size: int) -> Tensor:

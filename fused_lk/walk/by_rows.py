@@ -60,14 +60,11 @@ def logit_rows(
     problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Any, columns: slice, tiles: Tiles
 ) -> LogitRows:
     """The logits of draft and target for a chunk's pairs and a block of columns, in tiles or where they lie."""
-    z = draft.fill(plan.layout, chunk, h, columns, tiles.z)
+    z = draft_logits(problem, plan, draft, chunk, h, columns, tiles.z)
+    t, index = target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
     labels = None if problem.labels is None else plan.layout.per_pair(problem.labels)[chunk.start : chunk.stop]
-    if problem.target.tiles.restricts_draft:
-        of_pairs, pairs = plan.layout.target_rows, slice(chunk.start, chunk.stop)
-        of_target = pairs if of_pairs is None else of_pairs[pairs]
-        problem.target.tiles.restrict(z, of_target, columns)
-        labels = None if labels is None else problem.target.tiles.listed(labels, of_target)
-    t, index = _target_logits(problem.target.tiles, plan.layout, chunk, columns, tiles.t)
+    if labels is not None and problem.target.tiles.restricts_draft:
+        labels = problem.target.tiles.listed(labels, _target_rows(plan.layout, chunk))
     transforms = (problem.transform, problem.target.transform)
     return LogitRows(z, t, index, None, *transforms, columns.start, labels, problem.jsd_beta)
 
@@ -85,7 +82,23 @@ def _chunks(
         yield chunk, h, rows
 
 
-def _target_logits(
+def draft_logits(
+    problem: Problem, plan: Plan, draft: Any, chunk: Chunk, h: Any, columns: slice, tile: Tensor | None
+) -> Tensor:
+    """The draft's logits `[pairs, columns]`; -inf where the target's tiles restrict them."""
+    z: Tensor = draft.fill(plan.layout, chunk, h, columns, tile)
+    if problem.target.tiles.restricts_draft:
+        problem.target.tiles.restrict(z, _target_rows(plan.layout, chunk), columns)
+    return z
+
+
+def _target_rows(layout: Layout, chunk: Chunk) -> slice | Tensor:
+    """The target row of each pair of the chunk."""
+    pairs = slice(chunk.start, chunk.stop)
+    return pairs if layout.target_rows is None else layout.target_rows[pairs]
+
+
+def target_logits(
     target: Any, layout: Layout, chunk: Chunk, columns: slice, tile: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`(t, index)`: logits `[rows, columns]`, and for each pair of the chunk its row in them (None: in order)."""
