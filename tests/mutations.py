@@ -303,7 +303,7 @@ SAMPLERS = [
     Mutation("scale", "fused_lk/evaluate.py", "if log_normalizer is None or sampling.cuts else", "if log_normalizer is None else", EVALUATE.format("what_a_target_does_not_know")),
     Mutation("index", "fused_lk/evaluate.py", "at = rows if index is None else index[rows]", "at = rows", EVALUATE.format("work_lists[ttt-True]")),
     Mutation("index", "fused_lk/evaluate.py", "found.double().mean(1), found[:, 0]", "found.double().mean(1), found[:, -1]", FULL_CUT),
-    Mutation("digits", "fused_lk/evaluate.py", "x = x - top", "x = x - 0 * top", EVALUATE.format("hard_rows[offsets-all-torch.float32]")),
+    Mutation("digits", "fused_lk/evaluate.py", "x = x - top", "x = x - 0 * top", EVALUATE.format("a_common_offset_costs_no_digit")),
     Mutation("owned", "fused_lk/evaluate.py", "self.tiles.dtype, (False, False))", "self.tiles.dtype, (False, True))", EVALUATE.format("what_the_caller_holds_stays")),
 ]
 

@@ -105,7 +105,7 @@ def test_without_sampling_it_is_the_loss(kind, work, stacked):
         assert same == pytest.approx({name: loss.metrics("a/")[name] for name in same}, abs=10 * atol)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("member", hard_rows.FAMILY)
 def test_hard_rows(member, sampling, dtype):
@@ -121,6 +121,14 @@ def test_hard_rows(member, sampling, dtype):
     sure = decided(z, margin, *of_draft) & decided(t, margin, *of_target)
     assert sure.sum() > 8
     assert_measured(made, want, sure, atol)
+
+
+def test_a_common_offset_costs_no_digit():
+    """Also where a temperature multiplies it."""
+    z, t = hard_rows.make("offsets", 12, 61)
+    target = fused_lk.Target.from_logits(t.float(), temperature=0.7)
+    made = fused_lk.lk_evaluate_from_logits(z.float(), target, draft_temperature=0.3)
+    assert_measured(made, expected(z / 0.3, t / 0.7), atol=2e-6)
 
 
 def make_target(kind, generator, **options):
@@ -281,7 +289,7 @@ def test_work_lists(pattern, skip_masked):
     given, logits, pairs, (z, t, weights, positions) = make_call(pattern, skip_masked)
     target = fused_lk.Target.from_logits(logits)
     how = {"draft_sampling": Sampling(6), "target_sampling": Sampling(None, 0.9), "agreement_k": 2}
-    made = fused_lk.lk_evaluate_from_logits(given, target, pairs=pairs, workspace_mb=0.002, **how)
+    made = fused_lk.lk_evaluate_from_logits(given, target, pairs=pairs, workspace_mb=0.01, **how)
     kept, weights = weights > 0, weights.double()
     want = {name: torch.zeros_like(weights) for name in expected(z[kept], t[kept], None, (6,), (None, 0.9), 2)}
     for name, x in expected(z[kept], t[kept], None, (6,), (None, 0.9), 2).items():
