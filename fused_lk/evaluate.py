@@ -204,10 +204,10 @@ def lk_evaluate(
 
     Args (those not listed are as in `lk_loss`):
         target: some know only a part of their vocabulary. `Target.from_topk` lists k tokens: `target_sampling` needs a
-            `top_k` of at most k, if it cuts at all. `Target.from_probs` with a `DraftVocab` has nothing outside it:
-            `target_sampling` cannot be answered. Without `Sampling` their entropies and top-1 are those of what is
-            listed, which may sum to less than 1. With `renormalize=True`, p is the target on the draft vocabulary, and
-            no other token exists.
+            `top_k` of at most k, if it cuts at all. `Target.from_probs` with a `DraftVocab` has nothing outside it, so
+            that `target_sampling` cannot be answered. (Without one they count as the whole vocabulary.) Without
+            `Sampling` the entropies and top-1 of both are those of what is listed, which may sum to less than 1. With
+            `renormalize=True`, p is the target on the draft vocabulary, and no other token exists.
         draft_sampling, target_sampling: what each sampler cuts off.
         agreement_k: measures agreement of the k likeliest tokens for each k up to this one, from 1 to 8. Of a target
             that lists tokens, it may ask for no more than are listed.
@@ -433,7 +433,7 @@ def _cut(x: Tensor, sampling: Sampling) -> None:
         last = x.topk(sampling.top_k, 1).values[:, -1:]
         x.masked_fill_(x < last, NEG_INF)
     if sampling.top_p is not None:
-        logits, order = x.sort(1, descending=True, stable=True)
+        logits, order = x.sort(dim=1, descending=True, stable=True)
         p = logits.softmax(1)
         beyond = p.cumsum(1).sub_(p) >= sampling.top_p
         x.masked_fill_(torch.empty_like(beyond).scatter_(1, order, beyond), NEG_INF)

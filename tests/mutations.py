@@ -293,6 +293,20 @@ FURTHER_TERMS = [
     Mutation("mask", "fused_lk/walk/problem.py", "inside = (ids >= 0) & (ids < size)", "inside = ids < size", "tests/test_terms.py::test_labels"),
 ]
 
+EVALUATE = "tests/test_evaluate.py::test_{}"
+TIES_AT_LIMITS, FULL_CUT = EVALUATE.format("ties_at_the_limits"), EVALUATE.format("the_targets_sampler_cuts_its_full_vocabulary[hidden-k, p]")
+SAMPLERS = [
+    Mutation("support", "fused_lk/evaluate.py", "x.masked_fill_(x < last, NEG_INF)", "x.masked_fill_(x <= last, NEG_INF)", TIES_AT_LIMITS),
+    Mutation("off by one", "fused_lk/evaluate.py", "p.cumsum(1).sub_(p) >= sampling.top_p", "p.cumsum(1) >= sampling.top_p", TIES_AT_LIMITS),
+    Mutation("support", "fused_lk/evaluate.py", "p.cumsum(1).sub_(p) >= sampling.top_p", "p.cumsum(1).sub_(p) > sampling.top_p", TIES_AT_LIMITS),
+    Mutation("index", "fused_lk/evaluate.py", "p if self.columns is None else p[:, self.columns]", "p if self.columns is None else p[:, : self.sizes[0]]", FULL_CUT),
+    Mutation("scale", "fused_lk/evaluate.py", "if log_normalizer is None or sampling.cuts else", "if log_normalizer is None else", EVALUATE.format("what_a_target_does_not_know")),
+    Mutation("index", "fused_lk/evaluate.py", "at = rows if index is None else index[rows]", "at = rows", EVALUATE.format("work_lists[ttt-True]")),
+    Mutation("index", "fused_lk/evaluate.py", "found.double().mean(1), found[:, 0]", "found.double().mean(1), found[:, -1]", FULL_CUT),
+    Mutation("digits", "fused_lk/evaluate.py", "x = x - top", "x = x - 0 * top", EVALUATE.format("a_common_offset_costs_no_digit")),
+    Mutation("owned", "fused_lk/evaluate.py", "self.tiles.dtype, (False, False))", "self.tiles.dtype, (False, True))", EVALUATE.format("what_the_caller_holds_stays")),
+]
+
 GARBAGE, PACKAGE = "tests/test_extremes.py::test_garbage_in_ignored_rows_never_leaks", "fused_lk/*.py"
 WALKS = [
     Mutation("guard", "fused_lk/walk/draft.py", "out.masked_fill_(~valid[chunk.start : chunk.stop].unsqueeze(1), 0.0)", "out", GARBAGE),
@@ -371,7 +385,7 @@ HEADS = [
         "tests/test_low_rank.py::test_losses_and_gradients[torch-one pass-no bias]",
     ),
 ]
-TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS, *HEADS, *FURTHER_TERMS]
+TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS, *HEADS, *FURTHER_TERMS, *SAMPLERS]
 
 
 def sources(root: Path, mutation: Mutation) -> list[Path]:

@@ -243,13 +243,15 @@ DOCUMENTED_WITH = defaultdict(
         "lk_loss_from_logits": ("lk_loss", "lk_divergences"),
         "LKLoss": ("lk_loss",),
         "LKLoss.forward": ("lk_loss", "lk_divergences"),
+        "lk_evaluate": ("lk_divergences",),
+        "lk_evaluate_from_logits": ("lk_evaluate", "lk_divergences"),
         "Target.from_logits": ("Target.from_hidden",),
         "Target.from_probs": ("Target.from_hidden",),
     },
 )
 ENTRIES = ("lk_loss", "lk_loss_from_logits", "lk_divergences", "lk_divergences_from_logits", "LKLoss", "Pairs")
 ENTRIES += ("DraftVocab", "TargetHead", "Target.from_hidden", "Target.from_logits", "Target.from_probs")
-ENTRIES += ("Target.from_topk",)
+ENTRIES += ("Target.from_topk", "Sampling", "lk_evaluate", "lk_evaluate_from_logits")
 
 
 @pytest.mark.parametrize("name", ENTRIES)
