@@ -22,6 +22,8 @@ CELLS = {
     "default": Cell(SHAPE, "ours-default"),
     "one pass, half masked": Cell(HALF, "ours-one-pass"),
     "default, half masked": Cell(HALF, "ours-default"),
+    "l1": Cell(SHAPE, "ours-l1"),
+    "mix": Cell(SHAPE, "ours-mix"),
     "eager": Cell(SHAPE, "specforge-eager"),
     "compiled eager": Cell(SHAPE, "specforge-compiled"),
 }
@@ -58,6 +60,7 @@ GATES = (
     Gate("one pass", "compiled eager", 0.95, 1.1),
     Gate("one pass, half masked", "one pass", 0.6, 0.7),
     Gate("default, half masked", "default", 0.6, 0.7),
+    Gate("mix", "l1", 1.15, 1.25),
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_lk import reference
 
-from .providers import Provider, clear_gradients, hard_labels
+from .providers import MIX, Provider, clear_gradients, hard_labels
 from .shapes import Inputs, Shape, make_inputs, tiny
 
 # How many times the error of the eager loss in the same dtype a provider may make: chunks and fused sums round in
@@ -26,6 +26,7 @@ class StepRows:
     log_alpha: Tensor
     kl: Tensor
     entropy: Tensor
+    further: dict[str, Tensor]
     target_in_draft: Tensor
     num_rows: int
 
@@ -57,6 +58,8 @@ ORACLES: dict[str, Callable[[StepRows], Tensor]] = {
     "specforge": _specforge,
     "speculators": _token,  # of p renormalised
     "kl": lambda rows: rows.kl.mean(),
+    "l1": lambda rows: rows.further["l1"].mean(),
+    "mix": lambda rows: sum(MIX[name] * (rows.further | {"kl": rows.kl})[name].mean() for name in MIX),
 }
 RENORMALIZED = ("speculators",)
 
@@ -80,7 +83,8 @@ def oracle(inputs: Inputs, semantics: str, dtype: torch.dtype) -> list[Tensor]:
         rows = inputs.step_mask(k).nonzero().squeeze(1)
         at = rows + k
         log_alpha, kl = reference.divergences(z[rows], log_p[at])
-        loss = loss + ORACLES[semantics](StepRows(log_alpha, kl, entropy[at], in_draft[at], len(h)))
+        further = reference.further_divergences(z[rows], log_p[at])
+        loss = loss + ORACLES[semantics](StepRows(log_alpha, kl, entropy[at], further, in_draft[at], len(h)))
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 

@@ -26,6 +26,8 @@ from .shapes import Inputs
 Loss = Callable[[], Tensor]
 
 _KL_ALONE = "KL alone: no acceptance rate, no lambda, no argmax"
+# Three terms in one pass; "l1" alone is the costliest of them.
+MIX = {"ce": 0.1, "l1": 0.9, "kl": 0.5}
 _HARD = "cross-entropy with hard labels that are given: no target at all"
 
 
@@ -224,6 +226,8 @@ PROVIDERS = {
             "LK-lambda per token, logits made again in the backward",
         ),
         Provider("ours-default", _ours(), "position", "LK-lambda per step (recompute)"),
+        Provider("ours-l1", _ours(objective="l1"), "l1", "L1, gradient in the forward"),
+        Provider("ours-mix", _ours(objective=MIX), "mix", "a sum of three terms, gradient in the forward"),
         Provider(
             "speculators-fused",
             _speculators_fused,

@@ -291,6 +291,23 @@ FURTHER_TERMS = [
     Mutation("sign", STATS, "of_top = (beta - 1.0) * q * m_q", "of_top = (1.0 - beta) * q * m_q", NEW_TERMS.format("trained-triton-0.5")),
     Mutation("scale", "fused_lk/objective.py", "return {name: given.get(name, 0.0)", "return {name: float(name in given)", "tests/test_terms.py::test_a_mix_is_the_sum_of_its_parts[torch]"),
     Mutation("mask", "fused_lk/walk/problem.py", "inside = (ids >= 0) & (ids < size)", "inside = ids < size", "tests/test_terms.py::test_labels"),
+    Mutation("complement", PLAIN, "share.new_full((), 1.0 - beta), share.new_full((), beta)", "share.new_full((), beta), share.new_full((), 1.0 - beta)", NEW_TERMS.format("trained-torch-0.1")),
+    Mutation("memory", PLAIN, "(max(usual, buffers) * max(size, 1))", "(usual * max(size, 1))", "tests/test_memory.py::test_a_mix_holds_no_more_than_its_costliest_term[torch-cpu-one_pass]"),
+    Mutation("support", "fused_lk/targets/topk.py", "(self.draft_ids[rows] == labels.unsqueeze(1)) & (self.log_probs[rows] != NEG_INF)", "self.draft_ids[rows] == labels.unsqueeze(1)", "tests/test_terms.py::test_labels_that_a_restricted_draft_cannot_say[one_pass-torch]"),
+    Mutation("offset", "fused_lk/walk/by_rows.py", "return pairs if layout.target_rows is None else layout.target_rows[pairs]", "return pairs", "tests/test_target.py"),
+    Mutation("mask", "fused_lk/pairs/patterns.py", "(counts != 0).cumprod(-1) == 0", "(counts != 0).cumprod(-2) == 0", "tests/test_work_lists.py::test_blocks"),
+]
+
+ROUNDED, PER_ROW = (f"tests/test_quantized.py::test_{x}" for x in ("the_weight_is_rounded_once", "rows_stay_quantised"))
+QUANTIZED = [
+    Mutation("offset", "fused_lk/targets/quantized.py", "whole.sub_(8)", "whole.sub_(7)", ROUNDED),
+    Mutation("offset", "fused_lk/targets/quantized.py", "whole.sub_(128)", "whole.sub_(127)", ROUNDED),
+    Mutation("sign", "fused_lk/targets/quantized.py", "groups.sub_(zero_point", "groups.add_(zero_point", ROUNDED),
+    Mutation("sign", "fused_lk/targets/quantized.py", "(values << 4) >> 4 if signed", "values & 15 if signed", ROUNDED),
+    Mutation("index", "fused_lk/targets/quantized.py", "whole[..., 1] = values >> 4", "whole[..., 1] = values & 15", ROUNDED),
+    Mutation("scale", "fused_lk/targets/quantized.py", "repeat_interleave(sizes[1] // group, 1)", "repeat(1, sizes[1] // group)", ROUNDED),
+    Mutation("index", "fused_lk/targets/quantized.py", "x if x.ndim == 1 else x[rows]", "x if x.ndim == 1 or x.shape[1] == 1 else x[rows]", PER_ROW),
+    Mutation("offset", "fused_lk/targets/quantized.py", "None if bias is None else bias[columns]", "None if bias is None else bias[: columns.stop - columns.start]", "tests/test_quantized.py::test_the_loss_is_that_of_the_dequantised_weight"),
 ]
 
 EVALUATE = "tests/test_evaluate.py::test_{}"
@@ -385,7 +402,7 @@ HEADS = [
         "tests/test_low_rank.py::test_losses_and_gradients[torch-one pass-no bias]",
     ),
 ]
-TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS, *HEADS, *FURTHER_TERMS, *SAMPLERS]
+TABLE = [*KERNELS, *TWIN, *LISTS, *WALKS, *HEADS, *FURTHER_TERMS, *QUANTIZED, *SAMPLERS]
 
 
 def sources(root: Path, mutation: Mutation) -> list[Path]:

@@ -60,6 +60,19 @@ def speculators() -> SimpleNamespace:
         )
 
 
+def compressed_tensors() -> SimpleNamespace:
+    """`compressors` and `quantization` of compressed-tensors."""
+    return SimpleNamespace(
+        compressors=importlib.import_module("compressed_tensors.compressors"),
+        quantization=importlib.import_module("compressed_tensors.quantization"),
+    )
+
+
+def torchao() -> ModuleType:
+    """`torchao.quantization`."""
+    return importlib.import_module("torchao.quantization")
+
+
 @contextmanager
 def _hollow(names: tuple[str, ...]) -> Iterator[None]:
     """Let `names` and all below them be imported as modules whose every attribute is an empty class."""

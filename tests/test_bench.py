@@ -190,6 +190,8 @@ def test_gate_arithmetic():
         "default, half masked": 120,
         "eager": 390,
         "compiled eager": 130,
+        "l1": 150,
+        "mix": 180,
     }
     got = gate.ratios({name: of(float(x)) for name, x in times.items()})
     holds = {g.name: g.holds(got[g.name], g.limit) for g in gate.GATES}
@@ -200,6 +202,7 @@ def test_gate_arithmetic():
         "one pass / compiled eager": False,
         "one pass, half masked / one pass": True,
         "default, half masked / default": False,
+        "mix / l1": False,
     }
     assert all(g.holds(got[g.name], g.ci_limit) or not holds[g.name] for g in gate.GATES)
 

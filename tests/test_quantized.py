@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -368,14 +369,69 @@ def test_a_tensor_of_torchao():
     assert target.dense_log_probs().shape == (N, V)
 
 
-def test_tensors_of_the_published_packages():
-    ao = pytest.importorskip("torchao.quantization", reason="torchao is optional")
-    weight = torch.randn(128, 256, dtype=torch.bfloat16)
-    for config in (ao.Float8WeightOnlyConfig(), ao.Int8WeightOnlyConfig()):
-        module = torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
-        module.weight = torch.nn.Parameter(weight.clone())
-        ao.quantize_(module, config)
-        assert torch.equal(TargetHead(module.weight).weight.dequantized(), module.weight.dequantize())
+# By name: the format of compressed-tensors, its arguments, and the shape of the scale of a weight [256, 320].
+PUBLISHED = {
+    "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}, (1,)),
+    "fp8 rows": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, (256, 1)),
+    "fp8 blocks": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        (2, 3),
+    ),
+    "fp8 powers": (
+        "mxfp8-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+        (256, 10),
+    ),
+    "int8 rows": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, (256, 1)),
+    "int8 zero point": ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}, (256, 1)),
+    "int4 words": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 64}, (256, 5)),
+    "int4 zero point": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 64, "symmetric": False},
+        (256, 5),
+    ),
+    "int8 words": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}, (256, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_compressed_tensors_keeps(name, dtype):
+    """Their own compressor, and their decompressed weight, to the last bit; of a module and of a state dict."""
+    packer, arguments, of_scale = PUBLISHED[name]
+    compressors = peers.compressed_tensors()
+    weights = compressors.quantization.QuantizationArgs(**arguments)
+    scheme = compressors.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = compressors.compressors.BaseCompressor.get_value_from_registry(packer)
+    g = torch.Generator().manual_seed(0)
+    scale = (torch.rand(of_scale, generator=g) + 0.5) / (100 if "fp8" in name else 30)
+    if packer.startswith("mx"):
+        scale = torch.exp2(scale.log2().round())
+    state = {"weight": torch.randn(256, 320, generator=g).to(dtype), "weight_scale": scale.to(dtype)}
+    if not weights.symmetric:
+        state["weight_zero_point"] = torch.randint(-3, 4, of_scale, generator=g).to(torch.int8)
+    state = compressor.compress(state, scheme)
+    want = compressor.decompress(state, scheme)["weight"]
+    module = torch.nn.Module()
+    module.quantization_scheme = scheme
+    for key, value in state.items():
+        module.register_buffer(key, value)
+    for got in (
+        QuantizedWeight.of(module),
+        QuantizedWeight.of({f"lm_head.{k}": v for k, v in state.items()}, "lm_head."),
+    ):
+        assert torch.equal(got.to(want.dtype).dequantized(), want)
+
+
+@pytest.mark.parametrize("kind", ["Float8WeightOnlyConfig", "Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_torchao_keeps(kind, dtype):
+    ao = peers.torchao()
+    module = torch.nn.Linear(256, 128, bias=False, dtype=dtype)
+    ao.quantize_(module, getattr(ao, kind)())
+    assert type(module.weight).__name__ in ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
+    assert torch.equal(TargetHead(module.weight).weight.dequantized(), module.weight.dequantize())
 
 
 def raw(dtype=torch.int8, rows=4, width=8):

@@ -22,6 +22,7 @@ from .terms import SMALLEST_LINEAR, TERM_OF, any_row, finite, num_buffers, pick
 # 1.7, 1.8 ns an element of statistics; Intel Xeon (AVX-512) 527, 489, 429, 451 ms for one pass over 1,024 x 256.
 # Those are of the terms of every call; with further terms a block has fewer rows.
 BLOCK_ELEMENTS = 2**20
+LSE_BUFFERS = 3  # of a block of `lse_argmax`
 
 # Finite stand-in for -inf in log p - log q, where the factor pt is exactly zero: 0 * -1e30 = 0, but 0 * -inf = nan.
 FLOOR = -1e30
@@ -36,7 +37,7 @@ def lse_argmax(
     both sums, inside and outside, so that a share near 1 keeps the digits of what it lacks.
     """
     acc, scale, inner = accumulation_dtype(x), transform.scale, transform.inner
-    for start, stop in _blocks(x, 3):
+    for start, stop in _blocks(x, LSE_BUFFERS):
         own = torch.empty_like(x[start:stop], dtype=acc)
         row = _capped(_load(x[start:stop], None, own), inner, own)
         top, at = _argmax(row)

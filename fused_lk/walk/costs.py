@@ -145,10 +145,11 @@ class Costs:
         itemsize = target.itemsize
         rows = gemm.rows_of_a_tile(target.vocab_size, target.num_rows, itemsize, f.device, f.budget)
         draft_columns = rows * self._cached() // max(target.num_rows, 1) if target.vocab_size != f.vocab_size else 0
+        of_rows = self._rows(target.vocab_size, plain.LSE_BUFFERS)
         return (
             ("target tile", rows * gemm.row_stride(target.vocab_size) * itemsize),
             ("draft columns", draft_columns),
-            max(self._rows(target.vocab_size, buffers=3), self._dequantized(target.vocab_size), key=_size),
+            max(of_rows, self._dequantized(target.vocab_size), key=_size),
         )
 
     def _cached(self) -> int:
