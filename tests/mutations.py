@@ -415,7 +415,7 @@ def copy_of_the_tree() -> Path:
     """A copy that imports its own kernels: `fused_lk.kernels` is otherwise found where the package was installed."""
     tree = Path(tempfile.mkdtemp(prefix="mutations-"))
     without = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
-    for name in ("fused_lk", "kernels", "tests"):
+    for name in ("fused_lk", "kernels", "tests", "bench"):
         shutil.copytree(ROOT / name, tree / name, ignore=without)
     shutil.copy(ROOT / "pyproject.toml", tree)
     (tree / "fused_lk" / "kernels").symlink_to(tree / "kernels")
