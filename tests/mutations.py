@@ -213,7 +213,7 @@ TWIN = [
     Mutation("index", PLAIN, "buffer.copy_(x[index])", "buffer.copy_(x[index.sort().values])", FUZZ_TORCH),
     Mutation("sign", PLAIN, "(t_scale * self.t_top - given) + self.t_log_total", "(t_scale * self.t_top - given) - self.t_log_total", FUZZ_TORCH),
     Mutation("index", INTERFACE, "value=self.value[start:stop]", "value=self.value[0 : stop - start]", FUZZ_TORCH),
-    Mutation("sigma", PLAIN, "self.sigma[rows] = log_alpha, w_r.sum(1)", "self.sigma[rows] = log_alpha, w_r.amax(1)", FUZZ_TORCH),
+    Mutation("sigma", PLAIN, "self.sigma[rows] = log_alpha, w_r.sum(1)", "self.sigma[rows] = log_alpha, w_r.amax(1)", "tests/test_extremes.py::test_disjoint_rows_have_finite_right_gradients"),
     Mutation("sigma", PLAIN, "at.squeeze(1)) - self.sigma[rows] *", "at.squeeze(1)) - 0 * self.sigma[rows] *", FUZZ_TORCH),
     Mutation("tie weight", PLAIN, "return (1 + ramp).mul_(0.5)", "return (ramp >= 0).to(log_q.dtype)", "tests/test_extremes.py::test_ties_of_almost_disjoint_rows"),
     Mutation("tie weight", PLAIN, "torch.addcmul(block.q, ramp, block.q, value=1 / tie, out=ramp)", "torch.addcmul(block.q, ramp.add_(tie / 2).sign_(), block.q, out=ramp)", EXACT_TIES),
@@ -294,7 +294,7 @@ FURTHER_TERMS = [
     Mutation("complement", PLAIN, "share.new_full((), 1.0 - beta), share.new_full((), beta)", "share.new_full((), beta), share.new_full((), 1.0 - beta)", NEW_TERMS.format("trained-torch-0.1")),
     Mutation("memory", PLAIN, "(max(usual, buffers) * max(size, 1))", "(usual * max(size, 1))", "tests/test_memory.py::test_a_mix_holds_no_more_than_its_costliest_term[torch-cpu-one_pass]"),
     Mutation("support", "fused_lk/targets/topk.py", "(self.draft_ids[rows] == labels.unsqueeze(1)) & (self.log_probs[rows] != NEG_INF)", "self.draft_ids[rows] == labels.unsqueeze(1)", "tests/test_terms.py::test_labels_that_a_restricted_draft_cannot_say[one_pass-torch]"),
-    Mutation("offset", "fused_lk/walk/by_rows.py", "return pairs if layout.target_rows is None else layout.target_rows[pairs]", "return pairs", "tests/test_target.py"),
+    Mutation("offset", "fused_lk/walk/by_rows.py", "return pairs if layout.target_rows is None else layout.target_rows[pairs]", "return pairs", "tests/test_fuzz_calls.py::test_whole_calls[triton]"),
     Mutation("mask", "fused_lk/pairs/patterns.py", "(counts != 0).cumprod(-1) == 0", "(counts != 0).cumprod(-2) == 0", "tests/test_work_lists.py::test_blocks"),
 ]
 
