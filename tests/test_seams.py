@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_shadow_shares_all_but_its_own():
 
 
 class Tenfold(seams.Forward):
-    names = ("SCALE", "head")
+    methods = (("forward", "SCALE", "head"),)
     heads = ("head",)
 
     def __init__(self, *held):
@@ -58,11 +59,15 @@ class Tenfold(seams.Forward):
         return 10 * self.published(self.model, x)
 
 
+def attach(model, forward=Tenfold, impl="auto", workspace_mb="auto"):
+    return seams.attach(model, {f"{__name__}:Model": forward}, impl, workspace_mb)
+
+
 def test_attached_forward_goes_with_copies():
     """A deep copy and a pickle run on their own parameters, and stay attached; an unattached model has nothing."""
     model, x = Model(), torch.ones(3)
     before, expected = dict(vars(model)), 10 * Model.forward(model, x)
-    assert Tenfold.attach(model, Model) is Tenfold.attach(model, Model, "torch", 0.5) is model
+    assert attach(model) is attach(model, impl="torch", workspace_mb=0.5) is model
     assert torch.equal(model(x), expected) and model.forward.options == {"impl": "torch", "workspace_mb": 0.5}
     assert inspect.signature(model.forward) == inspect.signature(Model().forward)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -85,13 +90,13 @@ def test_refused_models_stay_as_they_are():
     def refused(error, match, model, forward=Tenfold, **options):
         before = dict(vars(model))
         with pytest.raises(error, match=match):
-            forward.attach(model, Model, **options)
+            attach(model, forward, **options)
         assert vars(model) == before
 
-    refused(TypeError, "an instance of test_seams.Model", nn.Linear(3, 2))
+    refused(TypeError, "a training model among .*test_seams:Model; got .*:Linear", nn.Linear(3, 2))
     refused(TypeError, "Model.forward as published", Other())
     refused(ValueError, "impl", Model(), impl="cuda")
-    refused(RuntimeError, "without tail", Model(), type("Longer", (Tenfold,), {"names": ("tail",)}))
+    refused(RuntimeError, "without tail", Model(), type("Longer", (Tenfold,), {"methods": (("forward", "tail"),)}))
     model = Model()
     model.forward = Model().forward
     refused(TypeError, "or on the instance", model)
@@ -100,6 +105,26 @@ def test_refused_models_stay_as_they_are():
     model.head = nn.Sequential(nn.ReLU())
     refused(TypeError, "head to be a torch.nn.Linear .*; got Sequential", model)
     refused(TypeError, "head.0 to be a torch.nn.Linear .*; got ReLU", model, nested)
+
+
+class Renamed(Model):
+    """It changes no method, as a trainer's own subclasses do."""
+
+
+def test_the_most_derived_class_decides():
+    kinds = {f"{__name__}:Model": Tenfold, f"{__name__}:Renamed": type("OfRenamed", (Tenfold,), {})}
+    models = [seams.attach(model, kinds, "auto", "auto") for model in (Model(), Renamed())]
+    assert [type(model.forward).__name__ for model in models] == ["Tenfold", "OfRenamed"]
+    assert type(attach(Renamed()).forward) is Tenfold
+
+
+def test_an_untested_version_is_a_warning(monkeypatch):
+    monkeypatch.setattr(seams.metadata, "version", lambda name: "1.1")
+    with pytest.warns(UserWarning, match=r"tested with trainer==1\.0, and trainer 1\.1 is installed"):
+        seams.require_version("trainer", ("1.0",))
+    monkeypatch.setattr(seams.metadata, "version", lambda name: "1.0")
+    with warnings.catch_warnings(action="error"):
+        seams.require_version("trainer", ("1.0",))
 
 
 def test_required_names():

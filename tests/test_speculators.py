@@ -285,7 +285,13 @@ def test_refusals(monkeypatch):
     speculators.unapply(model)
     before = dict(PEER.utils._FUSED_LOSS_FN_MAP)
     monkeypatch.setattr(metadata, "version", lambda name: "1.0.0")
-    refused(ImportError, r"speculators==0\.9\.0; got speculators 1\.0\.0", model)
-    with pytest.raises(ImportError, match=r"speculators==0\.9\.0"):
+    with pytest.warns(UserWarning, match=r"speculators==0\.9\.0, and speculators 1\.0\.0"):
+        speculators.apply(model)
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(ImportError, match="no installed speculators"):
         speculators.register()
     assert before == PEER.utils._FUSED_LOSS_FN_MAP

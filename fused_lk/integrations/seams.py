@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from types import FunctionType, MethodType
 from typing import Any
@@ -29,8 +30,8 @@ class Forward:
     one.) A copy runs `__init__` again, so that nothing that a subclass makes there is shared or pickled.
     """
 
-    methods: tuple[str, ...] = ("forward",)  # These methods of the model must be the published ones.
-    names: tuple[str, ...] = ()  # The published forward must look up these names, because they are replaced.
+    # Methods of the model that must be the published ones, each with names that it must look up: they are replaced.
+    methods: tuple[tuple[str, ...], ...] = (("forward",),)
     heads: tuple[str, ...] = ()  # These heads of the model, by dotted name, must be plain: their logits are never made.
 
     def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
@@ -44,23 +45,40 @@ class Forward:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         type(self).__init__(self, *state)
 
-    @classmethod
-    def attach(
-        cls, model: Any, published: type[nn.Module], impl: str = "auto", workspace_mb: float | str = "auto"
-    ) -> Any:
-        """Check everything, then let `model.forward` be one of this class; returns `model`.
+    def refuse(self, **call: Any) -> None:
+        """Raise for keywords of the trainer's calls that cannot be served, before training starts. By default, none."""
 
-        Raises:
-            ValueError: an unknown `impl`.
-            TypeError, RuntimeError: the model is not the published one, or a head is not a plain linear.
-        """
-        checks.choice("impl", impl, IMPLS)
-        require_unmodified(model, published, *cls.methods)
-        require_names(published.forward, *cls.names)
-        for name in cls.heads:
-            linear_head(model, name)
-        model.forward = cls(model, impl, workspace_mb)
-        return model
+
+def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_mb: float | str) -> Any:
+    """Check everything, then let `model.forward` be one of the kind that serves its class; returns `model`.
+
+    `kinds` names each published class as "module:Class"; a subclass of one is served where it changes no method.
+
+    Raises:
+        ValueError: an unknown `impl`.
+        TypeError, RuntimeError: no published model of the table, or a modified one, or a head is not a plain linear.
+    """
+    checks.choice("impl", impl, IMPLS)
+    served = [(c, kinds[name]) for c in type(model).__mro__ if (name := _name(c)) in kinds]
+    if not served:
+        checks.fail(
+            f"a training model among {', '.join(kinds)}",
+            _name(type(model)),
+            "Pass the training model itself, before it is wrapped. Nothing was changed.",
+            TypeError,
+        )
+    published, kind = served[0]
+    for method, *names in kind.methods:
+        require_unmodified(model, published, method)
+        require_names(getattr(published, method), *names)
+    for name in kind.heads:
+        linear_head(model, name)
+    model.forward = kind(model, impl, workspace_mb)
+    return model
+
+
+def _name(of: type) -> str:
+    return f"{of.__module__}:{of.__qualname__}"
 
 
 def unapply(model: Any) -> Any:
@@ -70,23 +88,29 @@ def unapply(model: Any) -> Any:
     return model
 
 
-def require_version(package: str, supported: tuple[str, ...]) -> None:
-    """Check that the installed `package` is one of the versions that this integration was checked against.
+def require_version(package: str, tested: tuple[str, ...]) -> None:
+    """Check that `package` is installed, and warn where its version was not tested: the seams are checked by `attach`.
+
+    A version alone proves little, because a trainer's main branch may bear that of its last release.
 
     Raises:
-        ImportError: it is not installed, or is of another version.
+        ImportError: it is not installed.
     """
+    names = " or ".join(f"{package}=={version}" for version in tested)
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
-        installed = None
-    if installed not in supported:
-        names = " or ".join(f"{package}=={version}" for version in supported)
         checks.fail(
             names,
-            f"{package} {installed}" if installed else f"no installed {package}",
+            f"no installed {package}",
             f"Install {names}; or use fused_lk's own functions, which need no trainer. Nothing was changed.",
             ImportError,
+        )
+    if installed not in tested:
+        warnings.warn(
+            f"fused_lk was tested with {names}, and {package} {installed} is installed. The names that it replaces are "
+            "checked, what is done with them is not: compare a few steps with those of the unmodified trainer.",
+            stacklevel=3,
         )
 
 
@@ -108,18 +132,11 @@ def require_names(function: Callable[..., Any], *names: str) -> None:
 
 
 def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: str) -> None:
-    """Check that `model` is a `published` one, and that its `methods` are still the published ones.
+    """Check that the `methods` of `model` are still those of its `published` class.
 
     Raises:
-        TypeError: the model is of another class, or its class or the instance itself replaces a method.
+        TypeError: the model's class or the instance itself replaces a method.
     """
-    if not isinstance(model, published):
-        checks.fail(
-            f"an instance of {published.__module__}.{published.__qualname__}",
-            f"{type(model).__module__}.{type(model).__qualname__}",
-            "Pass the training model itself, before it is wrapped.",
-            TypeError,
-        )
     for name in methods:
         own = name in vars(model) and not isinstance(vars(model)[name], Forward)
         if own or getattr(type(model), name) is not getattr(published, name):

@@ -1,14 +1,15 @@
-"""SpecForge 0.2.0: its EAGLE-3 model without logits, and the functions of `specforge.core.lk_loss`, made safe.
+"""SpecForge 0.2.0: its training models without logits, and the functions of `specforge.core.lk_loss`, made safe.
 
-The one-line change is `specforge.apply(model)`, on an `OnlineEagle3Model` before it is wrapped in DDP or FSDP.
+The one-line change is `specforge.apply(model)`, on the training model before it is wrapped in DDP or FSDP.
 """
 
 from ..seams import unapply
-from .eagle3 import SUPPORTED, apply
 from .lk_loss import compute_acceptance_rate, compute_lk_loss, expected_acceptance_rate
+from .models import KINDS, TESTED, apply
 
 __all__ = [
-    "SUPPORTED",
+    "KINDS",
+    "TESTED",
     "apply",
     "compute_acceptance_rate",
     "compute_lk_loss",

@@ -9,6 +9,13 @@ Its `forward` runs as published, with three replacements:
 
 The adapters therefore slice and shift row numbers in place of distributions. The K steps end in one call, which makes
 each target row's logits once for all of them.
+
+What its forward returns stays the same: for each TTT step the loss (differentiable), acceptance rate, accuracy, and
+their numerators and denominators. This holds for `lk_loss_type` None, "alpha" and "lambda", either kind of target,
+every attention backend, and the distributed reducers of its adapter. The one difference is disjoint distributions under
+"alpha", where the original gives NaN and this does not. With `target_hidden_for_compact` no tensor of `V_target` exists
+either; `compact_teacher_chunk_size` is not read then, because `workspace_mb` bounds the logits. The draft model's `t2d`
+and `d2t` must agree (ValueError in the forward); they may be loaded after `apply`.
 """
 
 from __future__ import annotations
@@ -23,44 +30,20 @@ from ... import Divergences, DraftVocab, Pairs, Target, TargetHead, checks, lk_d
 from .. import seams
 from .lk_loss import acceptance_means, compute_lk_loss
 
-SUPPORTED = ("0.2.0",)
 
-
-def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto") -> Any:
-    """Let an `OnlineEagle3Model` compute its losses from hidden states; returns `model`.
-
-    What its forward returns stays the same: for each TTT step the loss (differentiable), acceptance rate, accuracy, and
-    their numerators and denominators. This holds for `lk_loss_type` None, "alpha" and "lambda", either kind of target,
-    every attention backend, and the distributed reducers of its adapter. The one difference is disjoint distributions
-    under "alpha", where the original gives NaN and this does not.
-
-    In the step no `[tokens, V]` tensor exists any more, of draft or target. With `target_hidden_for_compact` none of
-    `V_target` exists either; `compact_teacher_chunk_size` is not read then, because `workspace_mb` bounds the logits.
-
-    Apply before wrapping in DDP or FSDP. With FSDP the head must belong to the root unit, as SpecForge has it. Applying
-    again replaces the options.
-
-    Args:
-        model: the training model; only this instance changes.
-        impl, workspace_mb: as in `fused_lk.lk_divergences`.
-
-    Raises:
-        ImportError: SpecForge is of an unsupported version.
-        TypeError, RuntimeError: the model is not the published one, or its draft head is not a plain linear.
-
-    The draft model's `t2d` and `d2t` must agree (ValueError in the forward); they may be loaded after this call.
-    """
-    seams.require_version("specforge", SUPPORTED)
-    from specforge.algorithms.eagle3.model import OnlineEagle3Model
-
-    return _Eagle3.attach(model, OnlineEagle3Model, impl, workspace_mb)
-
-
-class _Eagle3(seams.Forward):
+class Eagle3(seams.Forward):
     """It keeps the draft vocabulary, and the draft rows of the target's head, from one call to the next."""
 
-    methods = ("forward", "_acc_and_loss")
-    names = ("_compute_target_p_padded", "compute_target_p_padded_from_hidden", "compute_logits", "_acc_and_loss")
+    methods = (
+        (
+            "forward",
+            "_compute_target_p_padded",
+            "compute_target_p_padded_from_hidden",
+            "compute_logits",
+            "_acc_and_loss",
+        ),
+        ("_acc_and_loss",),
+    )
     heads = ("draft_model.lm_head",)
 
     def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
@@ -96,7 +79,7 @@ def _proper(vocab: DraftVocab) -> DraftVocab | None:
 class _Step:
     """This holds what belongs to one call of the model's forward."""
 
-    def __init__(self, kept: _Eagle3) -> None:
+    def __init__(self, kept: Eagle3) -> None:
         self.kept, self.model, self.draft = kept, kept.model, kept.model.draft_model
         self.target: Target
         self.entropy: Tensor  # [B * S], of the target renormalised on the draft vocabulary

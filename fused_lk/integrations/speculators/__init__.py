@@ -1,13 +1,12 @@
-"""vLLM speculators 0.9.0: its fused losses on any device, and its EAGLE-3 model without logits.
+"""vLLM speculators 0.9.0: its fused losses on any device, and its draft models without logits.
 
 The one-line change is one of two. After `speculators.register()`, `resolve_loss_config` gives the functions below.
-`speculators.apply(model)`, on an `Eagle3DraftModel` before it is sharded, does without the logits altogether.
+`speculators.apply(model)`, on a draft model before it is sharded, does without the logits altogether.
 """
 
 from ..seams import unapply
-from .eagle3 import apply
 from .losses import (
-    SUPPORTED,
+    TESTED,
     fused_kl_div_loss,
     fused_lk_hybrid_loss,
     fused_nla_loss,
@@ -15,9 +14,11 @@ from .losses import (
     register,
     unregister,
 )
+from .models import KINDS, apply
 
 __all__ = [
-    "SUPPORTED",
+    "KINDS",
+    "TESTED",
     "apply",
     "fused_kl_div_loss",
     "fused_lk_hybrid_loss",

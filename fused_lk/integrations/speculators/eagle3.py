@@ -9,6 +9,12 @@ Its `forward` runs as published, with three replacements:
 
 The K steps then end in one call, which makes each target row's logits once for all of them. After that, the published
 `compute_metrics` runs on two objects (`_Rows`) in place of logits, which know their losses and their argmax.
+
+What its forward returns stays the same: the draft token ids of each TTT step, the loss, and the metrics. This holds for
+the losses "kl_div", "tv", "nla" and "lk_hybrid" and their weighted sums, which `resolve_loss_config` gives, whether
+fused, eager or registered; the forward raises ValueError for others. Rows outside the loss mask are predicted, because
+their ids are part of the result, but they are not scored. Without `verifier_last_hidden_states` the forward is the
+published one. Where speculators compiles its forward, this one is compiled too.
 """
 
 from __future__ import annotations
@@ -32,38 +38,10 @@ _TERMS: dict[str, Callable[[Divergences], Tensor]] = {
 }
 
 
-def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto") -> Any:
-    """Let an `Eagle3DraftModel` compute its loss from hidden states; returns `model`.
-
-    What its forward returns stays the same: the draft token ids of each TTT step, the loss, and the metrics. This holds
-    for the losses "kl_div", "tv", "nla" and "lk_hybrid" and their weighted sums, which `resolve_loss_config` gives,
-    whether fused, eager or registered. In the step no `[tokens, V]` tensor exists any more. Rows outside the loss mask
-    are predicted, because their ids are part of the result, but they are not scored. Without
-    `verifier_last_hidden_states` the forward is the published one.
-
-    Apply before sharding; the heads must belong to the root unit. Where speculators compiles its forward, this one is
-    compiled too. Applying again replaces the options.
-
-    Args:
-        model: the training model; only this instance changes.
-        impl, workspace_mb: as in `fused_lk.lk_divergences`.
-
-    Raises:
-        ImportError: speculators is not installed, or of an unsupported version.
-        TypeError, RuntimeError: the model is not the published one, or its heads are not plain linears.
-
-    The forward raises ValueError for a loss that is none of the four.
-    """
-    seams.require_version("speculators", losses.SUPPORTED)
-    from speculators.models.eagle3.core import Eagle3DraftModel
-
-    return _Eagle3.attach(model, Eagle3DraftModel, impl, workspace_mb)
-
-
-class _Eagle3(seams.Forward):
+class Eagle3(seams.Forward):
     """It keeps the replaced forward, which speculators may compile, from one call to the next."""
 
-    names = ("compute_metrics", "lm_head", "verifier_lm_head")
+    methods = (("forward", "compute_metrics", "lm_head", "verifier_lm_head"),)
     heads = ("lm_head", "verifier_lm_head")
 
     def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:

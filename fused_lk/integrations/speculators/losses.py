@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import Divergences, Target, lk_divergences_from_logits
 from .. import seams
 
-SUPPORTED = ("0.9.0",)
+TESTED = ("0.9.0",)
 
 
 def kl_div(d: Divergences) -> Tensor:
@@ -88,9 +88,9 @@ def register() -> None:
     Its other names, and its "eager" implementation, stay as they are. Registering twice changes nothing.
 
     Raises:
-        ImportError: speculators is not installed, or of an unsupported version.
+        ImportError: speculators is not installed. (Another version than the tested ones is a warning.)
     """
-    seams.require_version("speculators", SUPPORTED)
+    seams.require_version("speculators", TESTED)
     from speculators.losses import utils
 
     if not _replaced:
