@@ -7,13 +7,8 @@ A peer that cannot be imported is an error of the test run, never a skip: parity
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import importlib.util
 import os
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -22,9 +17,6 @@ import torch
 # chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# What speculators' modules import to move data, which no test touches.
-_DATA_PACKAGES = ("openai", "datasets", "hs_connectors")
 
 
 def device() -> torch.device:
@@ -49,15 +41,14 @@ def specforge() -> SimpleNamespace:
 
 def speculators() -> SimpleNamespace:
     """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3), `metrics`."""
-    with _hollow(_DATA_PACKAGES):
-        return SimpleNamespace(
-            eager=importlib.import_module("speculators.losses.eager"),
-            fused=importlib.import_module("speculators.losses.fused"),
-            utils=importlib.import_module("speculators.losses.utils"),
-            config=importlib.import_module("speculators.models.eagle3.config"),
-            core=importlib.import_module("speculators.models.eagle3.core"),
-            metrics=importlib.import_module("speculators.models.metrics"),
-        )
+    return SimpleNamespace(
+        eager=importlib.import_module("speculators.losses.eager"),
+        fused=importlib.import_module("speculators.losses.fused"),
+        utils=importlib.import_module("speculators.losses.utils"),
+        config=importlib.import_module("speculators.models.eagle3.config"),
+        core=importlib.import_module("speculators.models.eagle3.core"),
+        metrics=importlib.import_module("speculators.models.metrics"),
+    )
 
 
 def compressed_tensors() -> SimpleNamespace:
@@ -71,39 +62,3 @@ def compressed_tensors() -> SimpleNamespace:
 def torchao() -> ModuleType:
     """`torchao.quantization`."""
     return importlib.import_module("torchao.quantization")
-
-
-@contextmanager
-def _hollow(names: tuple[str, ...]) -> Iterator[None]:
-    """Let `names` and all below them be imported as modules whose every attribute is an empty class."""
-    finder = _HollowFinder(tuple(name for name in names if importlib.util.find_spec(name) is None))
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name, module in sys.modules.items() if isinstance(module, _HollowModule)]:
-            del sys.modules[name]
-
-
-class _HollowModule(ModuleType):
-    __path__ = ()
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-class _HollowFinder:
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name.partition(".")[0] in self.names else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _HollowModule(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
