@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hard_rows
 import peers
 import pytest
@@ -299,6 +301,14 @@ def test_bad_objectives():
 
 def test_every_component_has_a_loss():
     assert set(COMPONENTS) == {"kl", "tv", "alpha", "lambda", *(set(TERMS) - set(MEASURED))}
+
+
+def test_every_term_is_in_the_tables_that_users_are_sent_to():
+    assert "help(fused_lk.rows.interface)" in fused_lk.lk_divergences.__doc__
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in TERMS:
+        assert f"\n    {name:<17}" in fused_lk.rows.interface.__doc__, name
+        assert name in MEASURED or f'\n| `"{name}"` | ' in readme, name
 
 
 published = peers.speculators().eager
