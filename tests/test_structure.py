@@ -14,7 +14,7 @@ import fused_lk
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "fused_lk", ROOT / "kernels")
 # What a call passes through, and the lines of all sources: a change that needs more of either has a reason to give.
-MOST_FRAMES, MOST_FILES, MOST_LINES = 7, 12, 9050
+MOST_FRAMES, MOST_FILES, MOST_LINES = 7, 12, 9080
 
 
 def is_ours(frame):

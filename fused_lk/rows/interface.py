@@ -21,13 +21,15 @@ that plus any multiple of q_v) and sigma = sum_v c_v. All terms are in `TERMS`; 
     rkl              sum q (log q - log pt)          q (log q - log pt)      value
     jsd              sum b pt log(pt / m)            (1 - b) q log(q / m)    sum c
                          + (1 - b) q log(q / m)
+    skl              sum pt log(pt / m)              -(1 - b) pt q / m       sum c
     l1               sum |pt - q|                    (1 - 2 w') q            sum c
 
     alpha = sum min(p, q),   r = min(p, q) / alpha,   m = b pt + (1 - b) q,   b = jsd_beta
     top: c - sigma q in the column of draft_top; where no other form is given, c (1 - q) - q (sigma - c)
 
 soft_ce is KL and the target's entropy. A row without a label has no cross-entropy. rkl is infinite, and has no
-gradient, where q can say what p cannot. l1 is 2 (1 - alpha) where p is pt, that is, where the target has all its mass
+gradient, where q can say what p cannot. skl is the skewed KL of DistiLLM (arXiv 2402.03898). It is at most -log b, and
+KL as b goes to 0; it shares b with jsd. l1 is 2 (1 - alpha) where p is pt, that is, where the target has all its mass
 on the draft vocabulary; w' is the w of pt.
 
 w is the derivative of min(p, q) with respect to q: 1 where q < p, 0 where q > p, 1/2 where they are equal. Rounding
@@ -54,7 +56,7 @@ import torch
 from torch import Tensor
 
 MEASURED = ("log_acceptance", "kl")  # the terms of every call: lambda and the metrics are made of them
-TERMS = (*MEASURED, "soft_ce", "ce", "rkl", "jsd", "l1")
+TERMS = (*MEASURED, "soft_ce", "ce", "rkl", "jsd", "skl", "l1")
 NEG_INF = float("-inf")
 EXCESS = 0.01  # in log: what a sum of probabilities may exceed 1 by, beside the rounding of its terms
 
