@@ -258,8 +258,8 @@ def memory_sites(ttir: str, op: str) -> tuple[int, int]:
 def _explicit_fused(ttir: str, elements: int) -> int:
     """At most as many multiply-adds as the logarithms and divisions of the kernel are made of.
 
-    Those at the end of a row are few. Under a softcap each element is divided, and "jsd" takes logarithms of each
-    element, too. Without these two contraction would show in any element of a tile.
+    Those at the end of a row are few. Under a softcap and for "skl" each element is divided, and "jsd" takes logarithms
+    of each. Without these three contraction would show in any element of a tile.
     """
     found = re.findall(r"\b(math\.log|arith\.divf) .*: (tensor)?", ttir)
     return sum((12 if op == "math.log" else 8) * (elements if tile else 1) for op, tile in found)

@@ -67,18 +67,12 @@ def lk_divergences(
         logits_dtype: "compute" rounds the draft's logits to the dtype of the hidden states, as eager code does.
             `torch.float32` keeps the float32 results of the matrix product. `Target.from_hidden` has the same option
             for the target's logits: near alpha = 1, rounding on either side spoils the gradient.
-        terms: further divergences to compute in the same pass, by name; results are in `terms` of what is returned:
-
-            "soft_ce"   -sum_v pt_v log q_v: KL and the target's entropy; its gradient is that of KL
-            "ce"        -log q[label]
-            "rkl"       KL(q || pt); infinite, and without gradient, where q can say what p cannot
-            "jsd"       jsd_beta KL(pt || m) + (1 - jsd_beta) KL(q || m),  m = jsd_beta pt + (1 - jsd_beta) q
-            "l1"        sum_v |pt_v - q_v|: 2 (1 - alpha) where the draft vocabulary has all of the target's mass
-
+        terms: further divergences to compute in the same pass, by name; results are in `terms` of what is returned.
+            Names and formulas: `help(fused_lk.rows.interface)`, and README, "Semantics".
         labels: integers `[...]`, the target ids that "ce" asks for. A negative one (-100), or one that the draft
             vocabulary lacks (or, with `restrict_draft`, the target's list), asks for nothing: 0 and no gradient.
             Without `labels` they are the target's argmax on the draft vocabulary.
-        jsd_beta: in (0, 1), for "jsd".
+        jsd_beta: in (0, 1), the share b of pt in the mixture m = b pt + (1 - b) q of those terms that have one.
 
     Returns:
         `Divergences`, in the draft's shape without its last dimension, in fp32 (fp64 for fp64 inputs). Gradients reach

@@ -118,6 +118,7 @@ def further_divergences(
         soft_ce    -sum_v pt_v log q_v
         rkl        KL(q || pt)
         jsd        beta KL(pt || m) + (1 - beta) KL(q || m)
+        skl        KL(pt || m), the skewed KL of DistiLLM (arXiv 2402.03898); at most -log beta
         l1         sum_v |pt_v - q_v|
         ce         -log q_label; 0 where the label is negative. Without labels they are the target's argmax.
 
@@ -142,6 +143,7 @@ def further_divergences(
         "soft_ce": -expectation(pt, log_q),
         "rkl": expectation(q, safe_q - torch.where(can_say, log_pt, 0.0)).masked_fill(impossible, math.inf),
         "jsd": jsd_beta * expectation(pt, log_pt - log_m) + (1 - jsd_beta) * expectation(q, safe_q - log_m),
+        "skl": expectation(pt, log_pt - log_m),
         "l1": (pt - q).abs().sum(-1),
         "ce": torch.where(labels >= 0, -log_q.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1), 0.0),
     }

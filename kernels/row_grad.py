@@ -16,9 +16,9 @@ from .online_softmax import capped, full_scale, load_logits, log_mixture, log_pr
 def _block(
     z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner,
     draft_top, draft_log_total, target_top, target_log_total, log_mass, log_alpha, supported,
-    of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd, d_l1, beta, label_column, top_column, of_top,
+    of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd, d_skl, d_l1, beta, label_column, top_column, of_top,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
-    JSD: tl.constexpr, L1: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
+    JSD: tl.constexpr, SKL: tl.constexpr, L1: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one row: of_q * q and d * c of each term, and of_top in the maximum's column."""
     z = load_logits(z_ptr, offs_v, n_cols, MASKED, of_q.dtype)
@@ -42,6 +42,10 @@ def _block(
     if JSD >= 0:
         m_q, _ = log_mixture(log_q, log_pt, beta)
         gradient += d_jsd * (beta - 1.0) * tl.where(q > 0, q * m_q, 0.0)
+    if SKL >= 0:
+        pt = tl.exp(log_pt)
+        m = tl.maximum(beta * pt + (1.0 - beta) * q, 1e-37)  # where it is less, so is c
+        gradient += d_skl * (beta - 1.0) * q * (pt / m)
     if L1 >= 0:
         smaller = tl.where(log_q < log_pt, log_q, log_pt)
         sign = tl.where(log_pt == float("-inf"), 1.0, 1.0 - 2.0 * tie_ramp(log_q, log_pt, smaller, TIE))
@@ -81,7 +85,8 @@ def row_grad_kernel(
     n_cols, first_column,
     z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
-    JSD: tl.constexpr, L1: tl.constexpr, ACC: tl.constexpr, TIE: tl.constexpr, BLOCK_V: tl.constexpr,
+    JSD: tl.constexpr, SKL: tl.constexpr, L1: tl.constexpr, ACC: tl.constexpr, TIE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block of columns. `gradient_ptr` may be `z_ptr`: each element is read, then written."""
     row = tl.program_id(0).to(tl.int64)
@@ -119,7 +124,7 @@ def row_grad_kernel(
     term_stride = term_stride.to(tl.int64)
     of_q = tl.zeros([], ACC)
     of_top, d_log_alpha, log_alpha = of_q, of_q, of_q
-    d_pt, d_ce, d_rkl, d_jsd, d_l1 = of_q, of_q, of_q, of_q, of_q
+    d_pt, d_ce, d_rkl, d_jsd, d_skl, d_l1 = of_q, of_q, of_q, of_q, of_q, of_q
     beta = full_scale(beta_high, beta_low, ACC)
     label_column = tl.full([], -1, tl.int32)
     if LOG_ACCEPTANCE >= 0:
@@ -149,6 +154,9 @@ def row_grad_kernel(
     if JSD >= 0:
         d_jsd = tl.load(d_values_ptr + JSD * d_values_stride).to(ACC) * gain
         of_q, of_top = _add_term(of_q, of_top, d_jsd, saved_ptr + JSD * term_stride, saved_stride)
+    if SKL >= 0:
+        d_skl = tl.load(d_values_ptr + SKL * d_values_stride).to(ACC) * gain
+        of_q, of_top = _add_term(of_q, of_top, d_skl, saved_ptr + SKL * term_stride, saved_stride)
     if L1 >= 0:
         d_l1 = tl.load(d_values_ptr + L1 * d_values_stride).to(ACC) * gain
         of_q, of_top = _add_term(of_q, of_top, d_l1, saved_ptr + L1 * term_stride, saved_stride)
@@ -159,11 +167,13 @@ def row_grad_kernel(
         _block(
             z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
             target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd,
-            d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, L1, False, TIE,
+            d_skl, d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1,
+            False, TIE,
         )  # fmt: skip
     else:
         _block(
             z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
             target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd,
-            d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, L1, True, TIE,
+            d_skl, d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1,
+            True, TIE,
         )  # fmt: skip

@@ -57,9 +57,9 @@ def _first_pass(
 def _second_pass(
     z_ptr, t_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top, t_log_total,
     log_mass, z_column, beta,
-    top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c,
+    top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, skl, skl_c, l1, l1_c,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, RKL: tl.constexpr, JSD: tl.constexpr,
-    L1: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
+    SKL: tl.constexpr, L1: tl.constexpr, MASKED: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
     z = capped(load_logits(z_ptr, offs_v, n_cols, MASKED, top.dtype), z_inner)
     t = capped(load_logits(t_ptr, offs_v, n_cols, MASKED, top.dtype), t_inner)
@@ -82,22 +82,26 @@ def _second_pass(
     if SOFT_CE >= 0:
         pt = tl.exp(log_pt)
         soft_ce -= tl.where(pt > 0, pt * log_q, 0.0)
-    if (RKL >= 0) | (JSD >= 0) | (L1 >= 0):
+    if (RKL >= 0) | (JSD >= 0) | (SKL >= 0) | (L1 >= 0):
         # What the maximum's column adds is made from complements, at the end.
         q = tl.where(offs_v == z_column, 0.0, tl.exp(log_q))
         pt = tl.where(offs_v == z_column, 0.0, tl.exp(log_pt))
         if RKL >= 0:
             rkl += tl.where(q > 0, q * (log_q - log_pt), 0.0)
-        if JSD >= 0:
+        if (JSD >= 0) | (SKL >= 0):
             m_q, m_pt = log_mixture(log_q, log_pt, beta)
+        if JSD >= 0:
             c = (beta - 1.0) * tl.where(q > 0, q * m_q, 0.0)
             jsd_c += c
             jsd += c - beta * tl.where(pt > 0, pt * m_pt, 0.0)
+        if SKL >= 0:
+            skl -= tl.where(pt > 0, pt * m_pt, 0.0)
+            skl_c += (beta - 1.0) * q * tl.exp(-m_pt)
         if L1 >= 0:
             l1 += tl.abs(pt - q)
             w = tie_ramp(log_q, log_pt, tl.where(log_q < log_pt, log_q, log_pt), TIE)
             l1_c += q * tl.where(log_pt == float("-inf"), 1.0, 1.0 - 2.0 * w)
-    return top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c
+    return top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, skl, skl_c, l1, l1_c
 
 
 @triton.jit
@@ -134,7 +138,7 @@ def row_stats_kernel(
     n_cols, z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
     rounding,
     LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
-    JSD: tl.constexpr, L1: tl.constexpr, IS_MASS: tl.constexpr,
+    JSD: tl.constexpr, SKL: tl.constexpr, L1: tl.constexpr, IS_MASS: tl.constexpr,
     ACC: tl.constexpr, TIE: tl.constexpr, EXCESS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row of z; it is scored against row `t_index[row]` of t, or its own. A term is
@@ -199,19 +203,20 @@ def row_stats_kernel(
     broken = (z_rest != z_rest) | (t_rest != t_rest) | (log_mass != log_mass) | excessive
     top = tl.full([BLOCK_V], LOWEST, ACC)
     alpha = tl.zeros([BLOCK_V], ACC)
-    sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c = alpha, alpha, alpha, alpha, alpha, alpha, alpha, alpha
+    sigma, kl, soft_ce, rkl, jsd = alpha, alpha, alpha, alpha, alpha
+    jsd_c, skl, skl_c, l1, l1_c = alpha, alpha, alpha, alpha, alpha
     beta = full_scale(beta_high, beta_low, ACC)
     for start in range(0, whole, BLOCK_V):
-        top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c = _second_pass(
+        top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, skl, skl_c, l1, l1_c = _second_pass(
             z_ptr, t_ptr, start + lanes, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top,
-            t_log_total, log_mass, z_column, beta, top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c,
-            LOG_ACCEPTANCE, KL, SOFT_CE, RKL, JSD, L1, False, TIE,
+            t_log_total, log_mass, z_column, beta, top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, skl, skl_c, l1,
+            l1_c, LOG_ACCEPTANCE, KL, SOFT_CE, RKL, JSD, SKL, L1, False, TIE,
         )  # fmt: skip
     if whole < n_cols:
-        top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c = _second_pass(
+        top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, skl, skl_c, l1, l1_c = _second_pass(
             z_ptr, t_ptr, whole + lanes, n_cols, z_scale, t_scale, z_inner, t_inner, z_top, z_log_total, t_top,
-            t_log_total, log_mass, z_column, beta, top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, l1, l1_c,
-            LOG_ACCEPTANCE, KL, SOFT_CE, RKL, JSD, L1, True, TIE,
+            t_log_total, log_mass, z_column, beta, top, alpha, sigma, kl, soft_ce, rkl, jsd, jsd_c, skl, skl_c, l1,
+            l1_c, LOG_ACCEPTANCE, KL, SOFT_CE, RKL, JSD, SKL, L1, True, TIE,
         )  # fmt: skip
 
     # The column of the draft's maximum.
@@ -277,14 +282,22 @@ def row_stats_kernel(
             values_ptr, values_stride, saved_ptr, saved_stride, term_stride, RKL, value,
             tl.where(possible, value, 0.0), tl.where(possible, of_top * not_q - q * rest, 0.0), nan, supported, 0.0,
         )  # fmt: skip
-    if JSD >= 0:
+    if (JSD >= 0) | (SKL >= 0):
         m_q, m_pt = log_mixture(log_q, log_pt, beta)
+        of_pt = tl.where(log_pt > float("-inf"), tl.exp(log_pt) * m_pt, 0.0)
+    if JSD >= 0:
         of_top = (beta - 1.0) * q * m_q
-        of_pt = beta * tl.where(log_pt > float("-inf"), tl.exp(log_pt) * m_pt, 0.0)
         rest = tl.sum(jsd_c, 0)
         _store(
             values_ptr, values_stride, saved_ptr, saved_stride, term_stride, JSD,
-            tl.sum(jsd, 0) + (of_top - of_pt), of_top + rest, of_top * not_q - q * rest, nan, supported, 0.0,
+            tl.sum(jsd, 0) + (of_top - beta * of_pt), of_top + rest, of_top * not_q - q * rest, nan, supported, 0.0,
+        )  # fmt: skip
+    if SKL >= 0:
+        of_top = (beta - 1.0) * q * tl.exp(-m_pt)
+        rest = tl.sum(skl_c, 0)
+        _store(
+            values_ptr, values_stride, saved_ptr, saved_stride, term_stride, SKL,
+            tl.sum(skl, 0) - of_pt, of_top + rest, of_top * not_q - q * rest, nan, supported, 0.0,
         )  # fmt: skip
     if L1 >= 0:
         of_top = q * (1.0 - 2.0 * _top_weight(log_q, log_pt, TIE))

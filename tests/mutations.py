@@ -280,6 +280,7 @@ LISTS = [
 ]
 
 NEW_TERMS = "tests/test_terms.py::test_hard_rows[{}]"
+ALONE = "tests/test_terms.py::test_each_term_alone_and_in_another_order[triton]"
 FURTHER_TERMS = [
     Mutation("sign", PLAIN, "mul_(-1 / block.tie)", "mul_(1 / block.tie)", NEW_TERMS.format("trained-torch-0.5")),
     Mutation("sign", PLAIN, "q_part = (beta - 1)", "q_part = (1 - beta)", NEW_TERMS.format("trained-torch-0.5")),
@@ -295,6 +296,19 @@ FURTHER_TERMS = [
     Mutation("memory", PLAIN, "(max(usual, buffers) * max(size, 1))", "(usual * max(size, 1))", "tests/test_memory.py::test_a_mix_holds_no_more_than_its_costliest_term[torch-cpu-one_pass]"),
     Mutation("support", "fused_lk/targets/topk.py", "(self.draft_ids[rows] == labels.unsqueeze(1)) & (self.log_probs[rows] != NEG_INF)", "self.draft_ids[rows] == labels.unsqueeze(1)", "tests/test_terms.py::test_labels_that_a_restricted_draft_cannot_say[one_pass-torch]"),
     Mutation("offset", "fused_lk/walk/by_rows.py", "return pairs if layout.target_rows is None else layout.target_rows[pairs]", "return pairs", "tests/test_fuzz_calls.py::test_whole_calls[triton]"),
+    Mutation("sign", PLAIN, "torch.div(pt, m, out=out).mul_(q).mul_(beta - 1)", "torch.div(pt, m, out=out).mul_(q).mul_(1 - beta)", NEW_TERMS.format("trained-torch-0.5")),
+    Mutation("scale", PLAIN, "add_(q, alpha=1 - beta)", "add_(q, alpha=beta)", NEW_TERMS.format("trained-torch-0.1")),
+    Mutation("guard", PLAIN, ".clamp_(min=torch.finfo(q.dtype).tiny)", "", NEW_TERMS.format("impossible_tokens-torch-0.5")),
+    Mutation("support", PLAIN, "pt_top * torch.where(pt_top > 0, of_top, 0.0)", "pt_top * of_top", NEW_TERMS.format("impossible_tokens-torch-0.5")),
+    Mutation("term", STATS, "if SKL >= 0:\n            skl -= ", "if SKL > 0:\n            skl -= ", ALONE),
+    Mutation("sign", STATS, "skl_c += (beta - 1.0) * q * tl.exp(-m_pt)", "skl_c += (beta - 1.0) * q * tl.exp(m_pt)", NEW_TERMS.format("normal-triton-0.5")),
+    Mutation("sign", STATS, "tl.sum(skl, 0) - of_pt", "tl.sum(skl, 0) + of_pt", NEW_TERMS.format("trained-triton-0.5")),
+    Mutation("support", STATS, "of_pt = tl.where(log_pt > float(\"-inf\"), tl.exp(log_pt) * m_pt, 0.0)", "of_pt = tl.exp(log_pt) * m_pt", NEW_TERMS.format("impossible_tokens-triton-0.5")),
+    Mutation("complement", STATS, "of_top = (beta - 1.0) * q * tl.exp(-m_pt)", "of_top = (beta - 1.0) * q", NEW_TERMS.format("sure_of_different_ones-triton-0.5")),
+    Mutation("term", GRAD, "if SKL >= 0:\n        d_skl", "if SKL > 0:\n        d_skl", ALONE),
+    Mutation("index", GRAD, "d_skl, saved_ptr + SKL * term_stride", "d_skl, saved_ptr", NEW_TERMS.format("normal-triton-0.5")),
+    Mutation("sign", GRAD, "gradient += d_skl * (beta - 1.0)", "gradient += d_skl * (1.0 - beta)", NEW_TERMS.format("normal-triton-0.5")),
+    Mutation("guard", GRAD, "m = tl.maximum(beta * pt + (1.0 - beta) * q, 1e-37)", "m = beta * pt + (1.0 - beta) * q", NEW_TERMS.format("impossible_tokens-triton-0.5")),
     Mutation("mask", "fused_lk/pairs/patterns.py", "(counts != 0).cumprod(-1) == 0", "(counts != 0).cumprod(-2) == 0", "tests/test_work_lists.py::test_blocks"),
 ]
 

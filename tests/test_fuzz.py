@@ -142,11 +142,12 @@ class Truth:
             self.slack_of_l1 = torch.where(supported & ((log_q - log_pt).abs() <= width), 2 * self.q, 0)
             surprise = torch.where((self.q > 0) & (log_pt > NEG_INF), self.q * (log_q - log_pt).abs(), 0)
             # The largest factor of a gradient is d * exp(x), whose relative error is the absolute error of x.
-            self.factor = dict.fromkeys(TERMS, 2.0) | {"jsd": 4.0, "l1": 4.0, "rkl": 4 + 2 * surprise.sum(1)}
+            self.factor = dict.fromkeys(TERMS, 2.0) | {"rkl": 4 + 2 * surprise.sum(1)}
+            self.factor |= dict.fromkeys(("jsd", "skl", "l1"), 4.0)
 
     def allowed(self, name):
         """The error of a value."""
-        return self.error * (self.factor[name] if name in ("jsd", "l1", "rkl") else 1 + self.values[name].abs())
+        return self.error * (self.factor[name] if name in ("jsd", "skl", "l1", "rkl") else 1 + self.values[name].abs())
 
     def gradient(self, d, scale):
         """Of the sum of `d[name]` times the value, and its error."""

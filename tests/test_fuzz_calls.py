@@ -25,7 +25,7 @@ def of_divergences(d):
 
 
 OBJECTIVES = [
-    *("kl", "tv", "alpha", "lambda", "lambda", "soft_ce", "ce", "rkl", "jsd", "l1"),
+    *("kl", "tv", "alpha", "lambda", "lambda", "soft_ce", "ce", "rkl", "jsd", "skl", "l1"),
     *({"ce": 0.1, "l1": 0.9}, {"lambda": 0.5, "jsd": 2.0}, {"kl": 0.3, "alpha": 0.2, "rkl": 0.1, "soft_ce": 1.0}),
     of_divergences,
 ]

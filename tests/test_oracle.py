@@ -60,6 +60,28 @@ def test_values_and_gradients(member, mass):
     torch.testing.assert_close(got[3], want[3], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.97])
+@pytest.mark.parametrize("member", hard_rows.FAMILY)
+def test_skewed_kl(member, beta):
+    """KL(pt || m) with m = beta pt + (1 - beta) q, and its gradient c - q sum c, with c = -(1 - beta) pt q / m."""
+    z, t = hard_rows.make(member, ROWS, SIZE)
+    leaf = z.clone().requires_grad_()
+    got = reference.further_divergences(leaf, t.log_softmax(1), jsd_beta=beta)["skl"]
+    values, gradients = [], []
+    with mpmath.workdps(60):
+        b = mpmath.mpf(beta)
+        for row, of_t in zip(z.tolist(), t.tolist(), strict=True):
+            q, pt = ([mpmath.exp(x) for x in log_softmax([mpmath.mpf(x) for x in xs])] for xs in (row, of_t))
+            m = [b * y + (1 - b) * x for x, y in zip(q, pt, strict=True)]
+            values.append(float(mpmath.fsum(y * mpmath.log(y / s) if y else 0 for y, s in zip(pt, m, strict=True))))
+            c = [-(1 - b) * x * y / s if s else mpmath.mpf(0) for x, y, s in zip(q, pt, m, strict=True)]
+            sigma = mpmath.fsum(c)
+            gradients.append([float(x - sigma * y) for x, y in zip(c, q, strict=True)])
+    (gradient,) = torch.autograd.grad(got.sum(), leaf)
+    torch.testing.assert_close(got.detach(), torch.tensor(values, dtype=torch.float64), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(gradient, torch.tensor(gradients, dtype=torch.float64), rtol=1e-10, atol=1e-13)
+
+
 def test_reverse_kl_of_tokens_that_underflow():
     """A target's probability of exp(-2000) is 0 as a number, but the token is not impossible."""
     log_p = torch.tensor([[0.0, -2000.0], [0.0, -math.inf]], dtype=torch.float64)

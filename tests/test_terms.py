@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import hard_rows
 import peers
 import pytest
@@ -81,7 +84,7 @@ def test_sure_rows_keep_their_digits(member, impl):
     _, d_want = eager(z, t, None, 0.5)
     _, gradients = row_operations(OPS[impl], z.float(), t.float())
     column = z.argmax(1, keepdim=True)
-    for name in ("ce", "soft_ce", "rkl", "l1") if member == "sure_of_the_same" else ("ce",):
+    for name in ("ce", "soft_ce", "rkl", "l1", "skl") if member == "sure_of_the_same" else ("ce",):
         got, want = gradients[name].gather(1, column), d_want[name].gather(1, column)
         torch.testing.assert_close(got.double(), want, rtol=2e-3 if name != "l1" else 1e-4, atol=1e-13)
 
@@ -122,7 +125,28 @@ def test_reverse_kl_of_what_the_target_cannot_say(impl):
     assert gradients["rkl"].isfinite().all()
 
 
-MIX = {"ce": 0.1, "l1": 0.9, "jsd": 0.3, "rkl": 0.2, "soft_ce": 0.4, "alpha": 0.5}
+@pytest.mark.parametrize("impl", IMPLS)
+def test_skewed_kl_between_its_limits(impl):
+    """KL as b goes to 0, and -log b where q and p have no token in common and KL is infinite; jsd is made of it."""
+    z, t = (x.float() for x in hard_rows.make("normal", ROWS, SIZE))
+    z[0, : SIZE // 2], t[0, SIZE // 2 :] = -torch.inf, -torch.inf
+    out, gradients = row_operations(OPS[impl], z, t, beta=0.25)
+    values = dict(zip(TERMS, out.values, strict=True))
+    assert values["kl"][0] == torch.inf
+    assert values["skl"][0].item() == pytest.approx(math.log(4), rel=1e-6)
+    assert not gradients["skl"][0].any()
+    assert (values["skl"][1:] < 0.75 * values["kl"][1:]).all()  # KL is convex in its second argument
+    log_q, log_pt = z.double().log_softmax(1), t.double().log_softmax(1)
+    log_m = torch.logaddexp(log_pt + math.log(0.25), log_q + math.log(0.75))
+    of_q = (log_q.exp() * (log_q - log_m)).sum(1)
+    torch.testing.assert_close(values["jsd"][1:].double(), (0.25 * values["skl"] + 0.75 * of_q)[1:])
+    out, gradients = row_operations(OPS[impl], z, t, beta=1e-9)
+    values = dict(zip(TERMS, out.values, strict=True))
+    torch.testing.assert_close(values["skl"][1:], values["kl"][1:])
+    torch.testing.assert_close(gradients["skl"][1:], gradients["kl"][1:])
+
+
+MIX = {"ce": 0.1, "l1": 0.9, "jsd": 0.3, "skl": 0.6, "rkl": 0.2, "soft_ce": 0.4, "alpha": 0.5}
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "recompute"])
@@ -299,6 +323,14 @@ def test_bad_objectives():
 
 def test_every_component_has_a_loss():
     assert set(COMPONENTS) == {"kl", "tv", "alpha", "lambda", *(set(TERMS) - set(MEASURED))}
+
+
+def test_every_term_is_in_the_tables_that_users_are_sent_to():
+    assert "help(fused_lk.rows.interface)" in fused_lk.lk_divergences.__doc__
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in TERMS:
+        assert f"\n    {name:<17}" in fused_lk.rows.interface.__doc__, name
+        assert name in MEASURED or f'\n| `"{name}"` | ' in readme, name
 
 
 published = peers.speculators().eager

@@ -10,7 +10,8 @@ share a large offset:
     log p  = log pt + log_mass                                        log_mass = log sum_v p_v <= 0
 
 A term is a divergence D = sum_v f(q_v, p_v). Its gradient in z_scale * z is c_v - sigma q_v, with c_v = q_v df/dq_v (or
-that plus any multiple of q_v) and sigma = sum_v c_v. All terms are in `TERMS`; a call names those that it wants:
+that plus any multiple of q_v) and sigma = sum_v c_v. All terms are in `TERMS`; a call names those that it wants, in
+`objective=` or `terms=`:
 
     term             value                           c                       sigma      top
     log_acceptance   log alpha                       w r                     sum c
@@ -20,13 +21,16 @@ that plus any multiple of q_v) and sigma = sum_v c_v. All terms are in `TERMS`; 
     rkl              sum q (log q - log pt)          q (log q - log pt)      value
     jsd              sum b pt log(pt / m)            (1 - b) q log(q / m)    sum c
                          + (1 - b) q log(q / m)
+    skl              sum pt log(pt / m)              -(1 - b) pt q / m       sum c
     l1               sum |pt - q|                    (1 - 2 w') q            sum c
 
     alpha = sum min(p, q),   r = min(p, q) / alpha,   m = b pt + (1 - b) q,   b = jsd_beta
     top: c - sigma q in the column of draft_top; where no other form is given, c (1 - q) - q (sigma - c)
 
-A row without a label has no cross-entropy, and one of infinite `rkl` no gradient of it. l1 is 2 (1 - alpha) where p is
-pt, that is, where the target has all its mass on the draft vocabulary; w' is the w of pt.
+soft_ce is KL and the target's entropy. A row without a label has no cross-entropy. rkl is infinite, and has no
+gradient, where q can say what p cannot. skl is the skewed KL of DistiLLM (arXiv 2402.03898). It is at most -log b, and
+KL as b goes to 0; it shares b with jsd. l1 is 2 (1 - alpha) where p is pt, that is, where the target has all its mass
+on the draft vocabulary; w' is the w of pt.
 
 w is the derivative of min(p, q) with respect to q: 1 where q < p, 0 where q > p, 1/2 where they are equal. Rounding
 must not flip it, because the gradient pass may see other last bits of z than the statistics pass did:
@@ -52,7 +56,7 @@ import torch
 from torch import Tensor
 
 MEASURED = ("log_acceptance", "kl")  # the terms of every call: lambda and the metrics are made of them
-TERMS = (*MEASURED, "soft_ce", "ce", "rkl", "jsd", "l1")
+TERMS = (*MEASURED, "soft_ce", "ce", "rkl", "jsd", "skl", "l1")
 NEG_INF = float("-inf")
 EXCESS = 0.01  # in log: what a sum of probabilities may exceed 1 by, beside the rounding of its terms
 

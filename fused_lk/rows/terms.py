@@ -211,11 +211,36 @@ class _JensenShannon(_Term):
 
     def make_columns(self, block: Any) -> Tensor:
         """Leaves log(m / pt) in the first buffer."""
-        beta = block.rows.jsd_beta
+        return self.log_mixture(block).mul_(block.q).mul_(block.rows.jsd_beta - 1).nan_to_num_(nan=0.0)
+
+    def log_mixture(self, block: Any) -> Tensor:
+        """log(m / q), and log(m / pt) in the first buffer."""
         ratio = torch.sub(block.t, block.z, out=self.buffer)
         ratio.add_((block.z_log_total - block.t_log_total).unsqueeze(1))
-        of_q, _ = _log_mixture(ratio.nan_to_num_(nan=0.0, posinf=math.inf, neginf=NEG_INF), beta, *self.buffers[1:])
-        return of_q.mul_(block.q).mul_(beta - 1).nan_to_num_(nan=0.0)
+        ratio.nan_to_num_(nan=0.0, posinf=math.inf, neginf=NEG_INF)
+        return _log_mixture(ratio, block.rows.jsd_beta, *self.buffers[1:])[0]
+
+
+class _SkewedKL(_JensenShannon):
+    """c = -(1 - beta) q pt / m. pt / m is at most 1 / beta; the logarithms are for the value alone."""
+
+    def statistics(self, block: Any) -> None:
+        pt_top = block.log_pt_top.exp()
+        self.log_mixture(block)
+        of_top = _log_mixture(block.log_pt_top + block.z_log_total, block.rows.jsd_beta)[1]
+        surprise = self.buffer.mul_(block.pt).nan_to_num_(nan=0.0).scatter_(1, block.column, 0.0).sum(1)
+        torch.add(surprise, pt_top * torch.where(pt_top > 0, of_top, 0.0), out=self.value).neg_()
+        self.finish(block, self.make_columns(block), self.c(block, block.q_top, pt_top))
+
+    def make_columns(self, block: Any) -> Tensor:
+        return self.c(block, block.q, block.pt, self.buffer)
+
+    @staticmethod
+    def c(block: Any, q: Tensor, pt: Tensor, out: Tensor | None = None) -> Tensor:
+        """m is kept a normal number. Where it would be none, -c, which is at most pt, is none, and 0 / 0 is NaN."""
+        beta = block.rows.jsd_beta
+        m = torch.mul(pt, beta, out=out).add_(q, alpha=1 - beta).clamp_(min=torch.finfo(q.dtype).tiny)
+        return torch.div(pt, m, out=out).mul_(q).mul_(beta - 1)
 
 
 class _L1(_Term):
@@ -240,6 +265,7 @@ TERM_OF: dict[str, Any] = {
     "ce": _CE,
     "rkl": _ReverseKL,
     "jsd": _JensenShannon,
+    "skl": _SkewedKL,
     "l1": _L1,
 }
 
