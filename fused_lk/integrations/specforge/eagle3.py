@@ -20,6 +20,7 @@ and `d2t` must agree (ValueError in the forward); they may be loaded after `appl
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -58,12 +59,12 @@ class Eagle3(seams.Forward):
             _compute_target_p_padded=step.target_from_logits,
             compute_target_p_padded_from_hidden=step.target_from_hidden,
         )
-        draft = seams.shadow(step.draft, compute_logits=step.head_input)
+        draft = seams.shadow(step.draft, compute_logits=functools.partial(head_input, step.draft))
         records, *_ = forward(seams.shadow(self.model, draft_model=draft, _acc_and_loss=_record), *args, **kwargs)
         return step.results(records)
 
     def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor) -> TargetHead:
-        return TargetHead(weight, _proper(self.vocab(t2d, d2t)))
+        return TargetHead(weight, proper(self.vocab(t2d, d2t)))
 
 
 def _record(**arguments: Any) -> tuple[dict[str, Any], ...]:
@@ -71,9 +72,28 @@ def _record(**arguments: Any) -> tuple[dict[str, Any], ...]:
     return (arguments,) * 7
 
 
-def _proper(vocab: DraftVocab) -> DraftVocab | None:
+def proper(vocab: DraftVocab) -> DraftVocab | None:
     """Return None for one shared vocabulary: then no rows need gathering, and the normaliser needs no pass."""
     return None if vocab.draft_size == vocab.target_size else vocab
+
+
+def head_input(draft: Any, hidden_states: Tensor) -> Tensor:
+    """Run the `compute_logits` of a draft model up to its `lm_head`."""
+    given: list[Tensor] = []
+
+    def lm_head(x: Tensor) -> Tensor:
+        given.append(x)
+        return x
+
+    out: Tensor = seams.shadow(draft, lm_head=lm_head).compute_logits(hidden_states)
+    if not given or out is not given[-1]:
+        checks.fail(
+            "compute_logits to return what lm_head gives",
+            f"{type(draft).__qualname__}.compute_logits, which changes it",
+            "Logits never exist here; express the change in the head's weight, or do not apply.",
+            TypeError,
+        )
+    return out
 
 
 class _Step:
@@ -85,7 +105,7 @@ class _Step:
         self.entropy: Tensor  # [B * S], of the target renormalised on the draft vocabulary
 
     def target_from_logits(self, target: Tensor, t2d: Tensor, loss_mask: Tensor, length: int) -> tuple[Tensor, ...]:
-        vocab = _proper(self.kept.vocab(t2d, self.draft.d2t))
+        vocab = proper(self.kept.vocab(t2d, self.draft.d2t))
         self.target = Target.from_logits(target.detach(), vocab, impl=self.kept.options["impl"])
         return self._rows(t2d, loss_mask, length)
 
@@ -106,24 +126,6 @@ class _Step:
         rows = torch.arange(token_ids.numel(), device=token_ids.device).view(*token_ids.shape, 1)
         rows = F.pad(rows, (0, 0, 0, length), value=-1)
         return rows, rows, F.pad(token_ids, (0, length)), position_mask
-
-    def head_input(self, hidden_states: Tensor) -> Tensor:
-        """Run `compute_logits` up to its `lm_head`."""
-        given: list[Tensor] = []
-
-        def lm_head(x: Tensor) -> Tensor:
-            given.append(x)
-            return x
-
-        out = seams.shadow(self.draft, lm_head=lm_head).compute_logits(hidden_states)
-        if not given or out is not given[-1]:
-            checks.fail(
-                "compute_logits to return what lm_head gives",
-                f"{type(self.draft).__qualname__}.compute_logits, which changes it",
-                "Logits never exist here; express the change in the head's weight, or do not apply.",
-                TypeError,
-            )
-        return out
 
     def results(self, records: list[dict[str, Any]]) -> tuple[list[Tensor], ...]:
         """Make the seven lists that the published forward returns."""

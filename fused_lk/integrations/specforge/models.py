@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from .. import seams
+from .blocks import DFlash, Domino, DSpark
 from .eagle3 import Eagle3
+from .peagle import PEagle
 
 TESTED = ("0.2.0",)
 
+_BLOCKS = "specforge.algorithms.common.dflash_family_model"
 KINDS: dict[str, type[seams.Forward]] = {
     "specforge.algorithms.eagle3.model:OnlineEagle3Model": Eagle3,
+    "specforge.algorithms.peagle.model:OnlinePEagleModel": PEagle,
+    f"{_BLOCKS}:OnlineDFlashModel": DFlash,
+    f"{_BLOCKS}:OnlineDominoModel": Domino,
+    f"{_BLOCKS}:OnlineDSparkModel": DSpark,
 }
 
 
