@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,11 +27,13 @@ class Rows:
     def __init__(self, shape: tuple[int, ...], answers: Mapping[Asked, Tensor], asked: Asked = ()) -> None:
         self.shape, self.answers, self.asked = torch.Size(shape), answers, asked
 
-    def reshape(self, *shape: Any) -> Rows:
-        return Rows(torch.empty(self.shape, device="meta").reshape(*shape).shape, self.answers, self.asked)
+    def reshape(self, *shape: int) -> Rows:
+        others = abs(math.prod(shape))
+        sizes = tuple(self.shape.numel() // others if n == -1 else n for n in shape)
+        return Rows(sizes, self.answers, self.asked)
 
     def reshape_as(self, other: Any) -> Rows:
-        return self.reshape(other.shape)
+        return self.reshape(*other.shape)
 
     def float(self) -> Rows:
         return self  # The numbers are in float32 already.
