@@ -153,5 +153,7 @@ class _Rows:
         ids = torch.full_like(self.draft_ids, -1) if ids is None else ids.reshape(-1)[self.target_rows]
         tops = (self.draft_logits.detach().softmax(-1).amax(-1), self.log_p.exp().amax(-1), ids)
         names = ("draft_top1", "target_top1", "target_token_ids")
-        kept = {k: torch.where(self.weights > 0, x, 0).view(shape) for k, x in zip(names, tops, strict=True)}
+        kept: dict[str, Any] = {
+            k: torch.where(self.weights > 0, x, 0).view(shape) for k, x in zip(names, tops, strict=True)
+        }
         return replace(made, **kept)

@@ -44,6 +44,8 @@ def specforge() -> SimpleNamespace:
             adapters=importlib.import_module("specforge.core.eagle3_adapters"),
             model=importlib.import_module("specforge.algorithms.eagle3.model"),
             draft=importlib.import_module("specforge.modeling.draft.llama3_eagle"),
+            strategies=importlib.import_module("specforge.training.strategies.base"),
+            target_head=importlib.import_module("specforge.modeling.target.target_head"),
             peagle=importlib.import_module("specforge.algorithms.peagle.model"),
             peagle_draft=importlib.import_module("specforge.modeling.draft.peagle"),
             blocks=importlib.import_module("specforge.algorithms.common.dflash_family_model"),

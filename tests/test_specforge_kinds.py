@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import peers
 import pytest
+import test_specforge as eagle3
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
@@ -294,6 +295,75 @@ def test_masks_of_peagle(supervised):
     assert_same(run(specforge.apply(model), batch), expected)
 
 
+def make_strategy(kind, seed=0):
+    """The trainer's step, with a target head, and its batch of captured hidden states."""
+    if kind == "peagle":
+        model, step, size, b = make_model("peagle"), PEER.strategies.PEagleTrainStrategy, H, 1
+    else:
+        model, step, size, b = eagle3.make_model("lambda"), PEER.strategies.Eagle3TrainStrategy, eagle3.H_TARGET, B
+    words = model.draft_model.t2d.numel()
+    head = object.__new__(PEER.target_head.TargetHead)  # its __init__ reads a checkpoint
+    nn.Module.__init__(head)
+    generator = torch.Generator().manual_seed(seed)
+    head.fc = nn.Linear(size, words, bias=False).requires_grad_(False)
+    head.fc.weight.copy_(torch.randn(words, size, generator=generator))
+    tensors = {
+        "input_ids": torch.randint(words, (b, S), generator=generator),
+        "attention_mask": torch.ones(b, S, dtype=torch.long),
+        "loss_mask": (torch.rand(b, S, generator=generator) < 0.8).long(),
+        "hidden_state": torch.randn(b, S, 3 * size, generator=generator),
+        "target": torch.randn(b, S, size, generator=generator),
+    }
+    batch = SimpleNamespace(
+        tensors={k: x.to(DEVICE) for k, x in tensors.items()}, metadata={"target_repr": "hidden_state"}
+    )
+    return step(model, target_head=head.to(DEVICE)), batch
+
+
+def run_strategy(strategy, batch):
+    model = strategy.trainable_module()
+    model.zero_grad()
+    torch.manual_seed(0)
+    out = strategy.forward_loss(batch)
+    out.loss.backward()
+    return (out.loss, out.metrics), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "peagle"])
+def test_target_head_hands_over_hidden_states(kind, monkeypatch):
+    """The trainer's own step is the same, and target logits exist neither in the model nor before it."""
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 1024)
+    strategy, batch = make_strategy(kind)
+    model, head = strategy.trainable_module(), strategy.target_head
+    expected = run_strategy(strategy, batch)
+    specforge.apply(model, **SMALL, target_head=head)
+    with Allocations() as seen:
+        ours = run_strategy(strategy, batch)
+    assert_same(ours, expected)
+    words = head.fc.out_features
+    wide = [made for made in seen.storages if made[1] and made[1][-1] == words]
+    assert wide and max(made[0] for made in wide) < S * words // 2
+    other = copy.deepcopy(strategy)
+    assert_same(run_strategy(other, batch), ours, rtol=0)
+    assert other.target_head is vars(other.trainable_module())["forward"].target_head
+    specforge.apply(model)
+    assert_same(run_strategy(strategy, batch), expected)
+    specforge.apply(model, target_head=head)
+    assert "forward" not in vars(specforge.unapply(model)) and "forward" not in vars(head)
+    assert_same(run_strategy(strategy, batch), expected, rtol=0)
+
+
+def test_target_heads_that_cannot_be_taken():
+    model = make_model("dflash")
+    with pytest.raises(TypeError, match="EAGLE-3 or P-EAGLE model"):
+        specforge.apply(model, target_head=model.lm_head)
+    assert "forward" not in vars(model)
+    model = make_model("peagle")
+    with pytest.raises(TypeError, match="TargetHead; got"):
+        specforge.apply(model, target_head=nn.Linear(H, V_TARGET))
+    assert "forward" not in vars(model)
+
+
 def test_domino_without_base_does_no_more_than_it_has_to():
     """The base takes a product in the forward, and none in the backward."""
     count = {}
@@ -332,6 +402,8 @@ def test_refusals():
     model = make_model("dspark, vanilla")
     model.draft_model.markov_head.markov_w2.register_forward_hook(lambda *_: None)
     refused("without forward hooks", model)
+    model.draft_model.markov_head.markov_w2 = nn.Linear(5, V_DRAFT)
+    refused("markov_w2 without a bias", model)
     for case in ONE_OF_EACH:
         model = make_model(case)
         owner = model.draft_model if case == "peagle" else model

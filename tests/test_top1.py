@@ -64,5 +64,7 @@ def test_in_a_graph():
         d = fused_lk.lk_divergences(hidden, weight, problem.target, bias=bias, top1=True)
         return d.draft_top1, d.target_top1, d.target_token_ids
 
-    for got, want in zip(torch.compile(call, backend="aot_eager", fullgraph=True)(sources[0]), call(sources[0]), strict=True):
+    for got, want in zip(
+        torch.compile(call, backend="aot_eager", fullgraph=True)(sources[0]), call(sources[0]), strict=True
+    ):
         torch.testing.assert_close(got, want)

@@ -164,8 +164,10 @@ def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: s
             )
 
 
-def linear_head(model: nn.Module, name: str) -> nn.Linear:
+def linear_head(model: nn.Module, name: str, bias: bool = True) -> nn.Linear:
     """Return the model's head of that dotted `name`, and check that all it does is a matrix product.
+
+    `bias`: whether it may have one.
 
     Raises:
         TypeError: it is another module, or one with hooks, whose effect on the logits would be lost.
@@ -179,6 +181,8 @@ def linear_head(model: nn.Module, name: str) -> nn.Linear:
             "Its logits never exist, so nothing can run on them; merge adapters into the weight, or do not apply.",
             TypeError,
         )
+    if head.bias is not None and not bias:
+        checks.fail(f"{name} without a bias, as published", "one with a bias", "Take it off, or do not apply.", TypeError)
     return head
 
 

@@ -3,9 +3,8 @@
 The one-line change is `specforge.apply(model)`, on the training model before it is wrapped in DDP or FSDP.
 """
 
-from ..seams import unapply
 from .lk_loss import compute_acceptance_rate, compute_lk_loss, expected_acceptance_rate
-from .models import KINDS, TESTED, apply
+from .models import KINDS, TESTED, apply, unapply
 
 __all__ = [
     "KINDS",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import Divergences, Target, lk_divergences
 from .. import seams
-from .rows import Rows
+from .rows import Asked, Rows
 
 _DFLASH, _DOMINO, _DSPARK = (f"specforge.modeling.draft.{x}" for x in ("dflash", "domino", "dspark"))
 _NO_BIAS = f"{_DFLASH}:DFlashDraftModel.apply_logits_head"
@@ -40,7 +40,7 @@ class DFlash(seams.Forward):
         ("forward", "checkpointed_chunk_reduce", "objective_chunk_blocks", sums),
         (sums, "lm_head", "cross_entropy", "argmax"),
     )
-    heads = ("lm_head",)
+    heads: tuple[str, ...] = ("lm_head",)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.__signature__.bind(*args, **kwargs)
@@ -77,7 +77,7 @@ class DFlash(seams.Forward):
 
 
 class Domino(DFlash):
-    """Two calls: the base logits, and those that the head corrects. The base takes no gradient where its weight is 0."""
+    """Two calls: of the base logits, and of those that the head corrects. A base without weight takes no gradient."""
 
     sums = "_domino_objective_chunk_terms"
     methods = (
@@ -85,9 +85,10 @@ class Domino(DFlash):
         ("_apply_domino_head", "draft_model", "apply_logits_head"),
         (sums, "lm_head", "_apply_domino_head", "cross_entropy", "argmax"),
     )
-    heads = ("lm_head", "draft_model.embed_proj.2")
+    last = "draft_model.embed_proj.2"
 
     def check(self) -> None:
+        seams.linear_head(self.model, self.last, bias=False)
         head = self.model.draft_model.apply_logits_head
         seams.require_published(head, f"{_DOMINO}:DominoDraftModel.apply_logits_head")
 
@@ -99,7 +100,7 @@ class Domino(DFlash):
 
         def apply_logits_head(_: Rows, **given: Any) -> Rows:
             like = seams.shadow(draft, embed_proj=draft.embed_proj[:-1])
-            second = _low_rank(like, seams.linear_head(self.model, self.heads[1]).weight, **given)
+            second = _low_rank(like, seams.linear_head(self.model, self.last).weight, **given)
             return _rows(self.scored(hidden, labels, mask, second), size)
 
         final = seams.shadow(draft, apply_logits_head=apply_logits_head)
@@ -115,26 +116,26 @@ class DSpark(DFlash):
         ("_compute_dspark_loss", "checkpointed_chunk_reduce", "objective_chunk_blocks", sums),
         (sums, "lm_head", "apply_logits_head", "cross_entropy", "softmax", "abs", "max", "argmax"),
     )
-    markov = "draft_model.markov_head.markov_w2"
+    last = "draft_model.markov_head.markov_w2"
 
     def check(self) -> None:
         draft = self.model.draft_model
         seams.require_published(draft.apply_logits_head, f"{_DSPARK}:DSparkDraftModel.apply_logits_head", _NO_BIAS)
         if getattr(draft, "markov_head", None) is not None:
             seams.require_published(type(draft.markov_head), *_MARKOV_HEADS)
-            seams.linear_head(self.model, self.markov)
+            seams.linear_head(self.model, self.last, bias=False)
 
-    def of_blocks(self, call: dict[str, Any], hidden: Tensor, *blocks: Tensor | None) -> Any:
+    def of_blocks(self, call: dict[str, Any], hidden: Tensor, *blocks: Any) -> Any:
         previous, labels, _, mask, target_hidden = blocks
         second, draft = None, self.model.draft_model
         if getattr(draft, "markov_head", None) is not None:
             like = seams.shadow(draft, markov_head=seams.shadow(draft.markov_head, markov_w2=lambda u: u))
-            weight = seams.linear_head(self.model, self.markov).weight
+            weight = seams.linear_head(self.model, self.last).weight
             second = _low_rank(like, weight, hidden_states=hidden, prev_token_ids=previous)
         d = self.scored(hidden, labels, mask, second, target_hidden)
         rows = [_rows(d, self.model.lm_head.out_features)]  # draft and target, in the order of the calls
         if target_hidden is not None:
-            answers = {("argmax",): d.target_token_ids, ("softmax", "max", "values"): d.target_top1}
+            answers: Any = {("argmax",): d.target_token_ids, ("softmax", "max", "values"): d.target_top1}
             rows.append(Rows(rows[0].shape, answers))
         heads = iter(rows)
         draft = seams.shadow(draft, apply_logits_head=lambda rows, **_: rows)
@@ -149,7 +150,7 @@ def _low_rank(draft: Any, weight: Tensor, *, hidden_states: Tensor, **given: Any
 
 def _rows(d: Divergences, size: int) -> Rows:
     """The draft's rows of `size` logits. What is subtracted from their softmax is that of the target in `d`."""
-    answers = {("cross_entropy",): d.terms.get("ce", d.kl), ("argmax",): d.draft_token_ids}
+    answers: dict[Asked, Tensor] = {("cross_entropy",): d.terms.get("ce", d.kl), ("argmax",): d.draft_token_ids}
     if d.draft_top1 is not None:
         answers |= {("softmax", "max", "values"): d.draft_top1, ("softmax", "sub", "abs", "sum"): d.terms["l1"]}
     return Rows((*d.kl.shape, size), answers)

@@ -32,9 +32,47 @@ from .. import seams
 from .lk_loss import acceptance_means, compute_lk_loss
 
 
-class Eagle3(seams.Forward):
-    """It keeps the draft vocabulary, and the draft rows of the target's head, from one call to the next."""
+class Distilled(seams.Forward):
+    """A model with a target over the target's vocabulary.
 
+    It keeps the draft vocabulary, and the draft rows of the target's head, from one call to the next.
+    """
+
+    target_head: Any = (
+        None  # the trainer's, whose `forward` now hands over its input, which the model is given as target
+    )
+
+    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
+        super().__init__(model, impl, workspace_mb)
+        self.vocab = seams.Memo(DraftVocab)
+        self.head = seams.Memo(self._make_head)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return *super().__getstate__(), self.target_head
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *own, self.target_head = state
+        super().__setstate__(tuple(own))
+
+    def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor) -> TargetHead:
+        return TargetHead(weight, proper(self.vocab(t2d, d2t)))
+
+    def take(self, target_head: Any) -> None:
+        """Let the trainer's `TargetHead` hand over hidden states, in the place of logits."""
+        seams.require_published(type(target_head), "specforge.modeling.target.target_head:TargetHead")
+        seams.linear_head(target_head, "fc")
+        target_head.forward, self.target_head = hand_over, target_head
+
+    def target(self, given: Tensor, t2d: Tensor, mask: Tensor) -> Target:
+        """Of the target's logits; or of its hidden states, where `target_head` hands those over."""
+        d2t = self.model.draft_model.d2t
+        if self.target_head is None:
+            return Target.from_logits(given.detach(), proper(self.vocab(t2d, d2t)), impl=self.options["impl"])
+        weight = seams.linear_head(self.target_head, "fc").weight
+        return Target.from_hidden(given.detach(), self.head(weight, t2d, d2t), mask, **self.options)
+
+
+class Eagle3(Distilled):
     methods = (
         (
             "forward",
@@ -47,11 +85,6 @@ class Eagle3(seams.Forward):
     )
     heads = ("draft_model.lm_head",)
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
-        self.vocab = seams.Memo(DraftVocab)
-        self.head = seams.Memo(self._make_head)
-
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], ...]:
         step = _Step(self)
         forward = seams.with_globals(
@@ -63,8 +96,10 @@ class Eagle3(seams.Forward):
         records, *_ = forward(seams.shadow(self.model, draft_model=draft, _acc_and_loss=_record), *args, **kwargs)
         return step.results(records)
 
-    def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor) -> TargetHead:
-        return TargetHead(weight, proper(self.vocab(t2d, d2t)))
+
+def hand_over(hidden_states: Tensor) -> Tensor:
+    """The `forward` of a target's head whose logits nobody needs."""
+    return hidden_states
 
 
 def _record(**arguments: Any) -> tuple[dict[str, Any], ...]:
@@ -105,8 +140,7 @@ class _Step:
         self.entropy: Tensor  # [B * S], of the target renormalised on the draft vocabulary
 
     def target_from_logits(self, target: Tensor, t2d: Tensor, loss_mask: Tensor, length: int) -> tuple[Tensor, ...]:
-        vocab = proper(self.kept.vocab(t2d, self.draft.d2t))
-        self.target = Target.from_logits(target.detach(), vocab, impl=self.kept.options["impl"])
+        self.target = self.kept.target(target, t2d, loss_mask.squeeze(-1) != 0)
         return self._rows(t2d, loss_mask, length)
 
     def target_from_hidden(

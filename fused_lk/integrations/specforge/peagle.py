@@ -20,20 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import DraftVocab, Pairs, Target, lk_divergences
+from ... import Pairs, lk_divergences
 from .. import seams
-from .eagle3 import head_input, proper
+from .eagle3 import Distilled, head_input
 
 
-class PEagle(seams.Forward):
-    """It keeps the draft vocabulary from one call to the next."""
-
+class PEagle(Distilled):
     methods = (("forward", "compute_logits", "compute_peagle_metrics"),)
     heads = ("draft_model.lm_head",)
-
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
-        self.vocab = seams.Memo(DraftVocab)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         draft = self.model.draft_model
@@ -42,14 +36,21 @@ class PEagle(seams.Forward):
         return forward(seams.shadow(self.model, draft_model=own), *args, **kwargs)
 
     def metrics(
-        self, logits: Tensor, targets: Tensor, loss_mask: Tensor, anchor_pos: Tensor, depth: Tensor, t2d: Any, **more: Any
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        loss_mask: Tensor,
+        anchor_pos: Tensor,
+        depth: Tensor,
+        t2d: Any,
+        **more: Any,
     ) -> Any:
         """Loss and metrics of draft rows whose head's input is `logits`."""
         hidden, met = logits, anchor_pos + depth
-        vocab = proper(self.vocab(t2d, self.model.draft_model.d2t))
-        target = Target.from_logits(targets.detach(), vocab, impl=self.options["impl"])
+        loss_mask = loss_mask.view(targets.shape[:-1]).float()
+        target = self.target(targets, t2d, loss_mask != 0)
         ids: Any = target.token_ids
-        loss_mask = loss_mask.view(ids.shape).float() * t2d[ids]
+        loss_mask = loss_mask * t2d[ids]
         mask = (loss_mask != 0)[:, met]
         head = seams.linear_head(self.model, "draft_model.lm_head")
         pairs = Pairs(mask, met.expand(mask.shape))
