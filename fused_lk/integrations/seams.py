@@ -182,7 +182,8 @@ def linear_head(model: nn.Module, name: str, bias: bool = True) -> nn.Linear:
             TypeError,
         )
     if head.bias is not None and not bias:
-        checks.fail(f"{name} without a bias, as published", "one with a bias", "Take it off, or do not apply.", TypeError)
+        remedy = "Take it off, or do not apply. Nothing was changed."
+        checks.fail(f"{name} without a bias, as published", "one with a bias", remedy, TypeError)
     return head
 
 

@@ -63,17 +63,20 @@ class DFlash(seams.Forward):
         low_rank: tuple[Tensor, Tensor] | None = None,
         target_hidden: Tensor | None = None,
     ) -> Divergences:
-        """Of each row that `mask` leaves in. Without `target_hidden` KL is the cross-entropy: p is the label alone."""
+        """Of each row that `mask` leaves in. Without `target_hidden` only cross-entropy and argmax mean anything.
+
+        Then the target is one row of zeros, which all rows read in place: `V` numbers, without a product or a tile.
+        """
         head = seams.linear_head(self.model, "lm_head")
         if target_hidden is None:
-            alone = labels.unsqueeze(-1)
-            target = Target.from_topk(alone, torch.zeros_like(alone, dtype=torch.float32), head.out_features)
-            more: dict[str, Any] = {}
+            uniform = hidden.new_zeros(1, head.out_features, dtype=head.weight.dtype)
+            target = Target.from_logits(uniform.expand(labels.numel(), -1))
+            more: dict[str, Any] = {"terms": ("ce",)}
         else:
             target = Target.from_hidden(target_hidden, head.weight, mask, bias=head.bias, **self.options)
-            more = {"terms": ("ce", "l1"), "labels": labels, "top1": True}
-        more |= self.options
-        return lk_divergences(hidden, head.weight, target, bias=head.bias, low_rank=low_rank, mask=mask, **more)
+            more = {"terms": ("ce", "l1"), "top1": True}
+        more |= {"labels": labels, "low_rank": low_rank, "mask": mask, **self.options}
+        return lk_divergences(hidden, head.weight, target, bias=head.bias, **more)
 
 
 class Domino(DFlash):
@@ -150,7 +153,7 @@ def _low_rank(draft: Any, weight: Tensor, *, hidden_states: Tensor, **given: Any
 
 def _rows(d: Divergences, size: int) -> Rows:
     """The draft's rows of `size` logits. What is subtracted from their softmax is that of the target in `d`."""
-    answers: dict[Asked, Tensor] = {("cross_entropy",): d.terms.get("ce", d.kl), ("argmax",): d.draft_token_ids}
+    answers: dict[Asked, Tensor] = {("cross_entropy",): d.terms["ce"], ("argmax",): d.draft_token_ids}
     if d.draft_top1 is not None:
         answers |= {("softmax", "max", "values"): d.draft_top1, ("softmax", "sub", "abs", "sum"): d.terms["l1"]}
     return Rows((*d.kl.shape, size), answers)

@@ -1,4 +1,4 @@
-"""Which of SpecForge's training models are served, and how."""
+"""Which of SpecForge's training models are served, and how: all five of 0.2.0."""
 
 from __future__ import annotations
 
