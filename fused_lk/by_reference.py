@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -145,4 +146,14 @@ class _Rows:
         log_acceptance, kl, *further = (terms[name].view(shape) for name in self.problem.terms)
         acceptance = torch.where(self.weights.view(shape) > 0, log_acceptance.exp(), 0)
         of_name = dict(zip(self.problem.further_terms, further, strict=True))
-        return Divergences(log_acceptance, kl, acceptance, self.draft_ids.view(shape), of_name)
+        made = Divergences(log_acceptance, kl, acceptance, self.draft_ids.view(shape), of_name)
+        if not self.problem.scores_argmax:
+            return made
+        ids = self.problem.target.token_ids
+        ids = torch.full_like(self.draft_ids, -1) if ids is None else ids.reshape(-1)[self.target_rows]
+        tops = (self.draft_logits.detach().softmax(-1).amax(-1), self.log_p.exp().amax(-1), ids)
+        names = ("draft_top1", "target_top1", "target_token_ids")
+        kept: dict[str, Any] = {
+            k: torch.where(self.weights > 0, x, 0).view(shape) for k, x in zip(names, tops, strict=True)
+        }
+        return replace(made, **kept)

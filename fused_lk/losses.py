@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import by_reference
+from . import by_reference, checks
 from . import reduction as by_walks
 from .output import Divergences, LKOutput
 from .pairs.pairs import Pairs
@@ -37,6 +38,7 @@ def lk_divergences(
     terms: Sequence[str] = (),
     labels: Tensor | None = None,
     jsd_beta: float = 0.5,
+    top1: bool = False,
 ) -> Divergences:
     """The log acceptance rate and the KL divergence of each token: the primitive of every LK objective.
 
@@ -73,6 +75,7 @@ def lk_divergences(
             vocabulary lacks (or, with `restrict_draft`, the target's list), asks for nothing: 0 and no gradient.
             Without `labels` they are the target's argmax on the draft vocabulary.
         jsd_beta: in (0, 1), the share b of pt in the mixture m = b pt + (1 - b) q of those terms that have one.
+        top1: whether to return the largest probability of each side, and the target's argmax, from the same pass.
 
     Returns:
         `Divergences`, in the draft's shape without its last dimension, in fp32 (fp64 for fp64 inputs). Gradients reach
@@ -86,7 +89,7 @@ def lk_divergences(
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta, logit_scale, softcap)
     asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
-    return _by(asked).divergences(asked)
+    return _by(asked).divergences(replace(asked, scores_argmax=checks.flag("top1", top1)))
 
 
 def lk_divergences_from_logits(
@@ -101,6 +104,7 @@ def lk_divergences_from_logits(
     terms: Sequence[str] = (),
     labels: Tensor | None = None,
     jsd_beta: float = 0.5,
+    top1: bool = False,
 ) -> Divergences:
     """`lk_divergences` of logits `[..., V_draft]` that the caller holds.
 
@@ -111,7 +115,7 @@ def lk_divergences_from_logits(
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta)
     asked = problem.from_logits(draft_logits, target, *how)
-    return _by(asked).divergences(asked)
+    return _by(asked).divergences(replace(asked, scores_argmax=checks.flag("top1", top1)))
 
 
 def lk_loss(

@@ -52,6 +52,8 @@ class Divergences:
         draft_token_ids: int64, the draft's argmax as target ids; 0 on ignored rows.
         terms: the further divergences that were asked for, by name, differentiable. They are 0 on ignored rows, and
             where the target has no mass on the draft vocabulary.
+        draft_top1, target_top1, target_token_ids: with `top1=True`, detached; else None. The largest q and p on the
+            draft vocabulary, and the target's argmax (-1: not known); 0 on ignored rows.
     """
 
     log_acceptance: Tensor
@@ -59,15 +61,16 @@ class Divergences:
     acceptance: Tensor
     draft_token_ids: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    draft_top1: Tensor | None = None
+    target_top1: Tensor | None = None
+    target_token_ids: Tensor | None = None
 
     __repr__ = brief
 
     def __getitem__(self, index: Any) -> Divergences:
         """The divergences of some tokens. Where the draft was a list of TTT steps, `d[k]` has those of step k."""
-        terms = {name: x[index] for name, x in self.terms.items()}
-        return Divergences(
-            self.log_acceptance[index], self.kl[index], self.acceptance[index], self.draft_token_ids[index], terms
-        )
+        own = {name: x[index] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return Divergences(**own, terms={name: x[index] for name, x in self.terms.items()})
 
 
 @dataclass(frozen=True, repr=False)

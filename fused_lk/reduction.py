@@ -157,17 +157,36 @@ def divergences(problem: Problem) -> Divergences:
     with torch.autocast(problem.device.type, enabled=False):
         plan, layout = run.prepare(problem, False)
         stats = RowStats(*run.divergences(problem, plan, *problem.tensors))
-        return _divergences(problem, layout, stats)
+        return _divergences(problem, layout, stats, problem.scores_argmax)
 
 
-def _divergences(problem: Problem, layout: Layout, stats: RowStats) -> Divergences:
+def _divergences(problem: Problem, layout: Layout, stats: RowStats, top1: bool = False) -> Divergences:
     def per_row(x: Tensor) -> Tensor:
         return layout.per_row(x, problem.num_rows).view(problem.shape)
 
     log_acceptance, kl, *further = stats.values
     acceptance, ids = per_row(log_acceptance.exp()), per_row(problem.target.to_target_ids(stats.draft_argmax))
     terms = {name: per_row(x) for name, x in zip(problem.further_terms, further, strict=True)}
-    return Divergences(per_row(log_acceptance), per_row(kl), acceptance, ids, terms)
+    made = Divergences(per_row(log_acceptance), per_row(kl), acceptance, ids, terms)
+    if not top1:
+        return made
+    target_top1 = torch.where(stats.supported, (stats.log_mass - stats.target_log_total).exp(), 0)
+    return replace(
+        made,
+        draft_top1=per_row(stats.draft_log_total.neg().exp()),
+        target_top1=per_row(target_top1),
+        target_token_ids=per_row(_target_ids(problem, layout, stats)),
+    )
+
+
+def _target_ids(problem: Problem, layout: Layout, stats: RowStats) -> Tensor:
+    """`[P]`, the target's argmax as target ids, -1 where it is not known."""
+    target = problem.target
+    if target.known_ids is not None:
+        return layout.of_target(target.known_ids)
+    if target.finds_argmax and stats.target_argmax is not None:
+        return target.to_target_ids(stats.target_argmax)
+    return torch.full_like(stats.draft_argmax, -1)
 
 
 def losses_of(made: Any, shape: tuple[int, ...]) -> Tensor:
@@ -273,12 +292,10 @@ class _Tokens:
         log_acceptance, kl, *further = stats.values
         acceptance = log_acceptance.exp()
         draft_ids = target.to_target_ids(stats.draft_argmax)
-        if self.problem.scores_argmax and stats.target_argmax is not None:
-            correct = (draft_ids == target.to_target_ids(stats.target_argmax)).to(w)
-        elif target.known_ids is not None:
-            correct = (draft_ids == layout.of_target(target.known_ids)).to(w)
-        else:
+        if target.known_ids is None and not self.problem.scores_argmax:
             correct = torch.full_like(w, float("nan"))
+        else:
+            correct = (draft_ids == _target_ids(self.problem, layout, stats)).to(w)
         supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
         lam = objective.coefficients(log_acceptance)["kl"] + torch.zeros_like(w)
         token_acceptance = self.per_row(acceptance)

@@ -26,7 +26,7 @@ def device() -> torch.device:
 
 
 def specforge() -> SimpleNamespace:
-    """`lk_loss`, `loss`, `compact_teacher` (modules of `specforge.core`), `model` (EAGLE-3), `draft`."""
+    """`lk_loss`, `loss`, `compact_teacher` (modules of `specforge.core`); training models and drafts of every kind."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flash_attn is not found")
         return SimpleNamespace(
@@ -36,6 +36,14 @@ def specforge() -> SimpleNamespace:
             adapters=importlib.import_module("specforge.core.eagle3_adapters"),
             model=importlib.import_module("specforge.algorithms.eagle3.model"),
             draft=importlib.import_module("specforge.modeling.draft.llama3_eagle"),
+            strategies=importlib.import_module("specforge.training.strategies.base"),
+            target_head=importlib.import_module("specforge.modeling.target.target_head"),
+            peagle=importlib.import_module("specforge.algorithms.peagle.model"),
+            peagle_draft=importlib.import_module("specforge.modeling.draft.peagle"),
+            blocks=importlib.import_module("specforge.algorithms.common.dflash_family_model"),
+            dflash=importlib.import_module("specforge.modeling.draft.dflash"),
+            domino=importlib.import_module("specforge.modeling.draft.domino"),
+            dspark=importlib.import_module("specforge.modeling.draft.dspark"),
         )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fused_lk.integrations import specforge, speculators
 
 STEPS = 2
-SPECFORGE = ["DDP", "FSDP2", "FSDP2 in bf16"]
+SPECFORGE = ["DDP", "FSDP2", "FSDP2 in bf16", "USP"]
 SPECULATORS = [torch.float32, torch.bfloat16]
 LR = {torch.float32: 0.1, torch.bfloat16: 0.0}  # steps that start from two roundings predict other tokens
 
@@ -25,9 +27,11 @@ def full(x):
 def train_specforge(rank, wrapping):
     """Losses, metrics and parameters of each step of two models, applied and not, each rank on batches of its own.
 
-    DDP by SpecForge's own backend. Its other one, FSDP1, refuses to start without an accelerator.
+    DDP by SpecForge's own backend. Its other one, FSDP1, refuses to start without an accelerator. USP: each rank has a
+    part of the sequence, and metrics and lambda are those of all parts.
     """
     import test_specforge as tests
+    from specforge import distributed as specforge_distributed
     from specforge.training.backend import FSDPTrainingBackend, ParallelConfig
 
     theirs = tests.make_model("lambda")
@@ -35,7 +39,11 @@ def train_specforge(rank, wrapping):
     results = []
     for model in (ours, theirs):
         dtype = torch.bfloat16 if wrapping == "FSDP2 in bf16" else torch.float32
-        if wrapping == "DDP":
+        if wrapping == "USP":
+            specforge_distributed._DRAFT_SP_GROUP = specforge_distributed._SP_ULYSSES_GROUP = dist.group.WORLD
+            model._make_adapter = functools.partial(tests.SlicingAdapter, model)
+            wrapped = model
+        elif wrapping == "DDP":
             backend = FSDPTrainingBackend(ParallelConfig(world_size=processes.WORLD_SIZE, sharding_strategy="NO_SHARD"))
             wrapped = backend.prepare_model(model, optimizer_target=model.draft_model)
         else:
@@ -115,6 +123,9 @@ def test_specforge(ranks, wrapping):
         assert_trained_alike(*of_rank[wrapping], rtol=2e-2 if wrapping.endswith("bf16") else 1e-5)
     losses = [of_rank[wrapping][0][-1][0][0] for of_rank, _ in ranks]
     assert losses[0][0] != losses[1][0], "each rank has a batch of its own"
+    if wrapping == "USP":
+        rates = [of_rank[wrapping][0][0][0][1] for of_rank, _ in ranks]
+        assert rates[0] == rates[1], "acceptance rates are those of all ranks"
 
 
 @pytest.mark.parametrize("dtype", SPECULATORS, ids=str)

@@ -33,13 +33,15 @@ def eager():
         yield
 
 
-def make_model(lk_loss_type=None, kl_scale=0.8, kl_decay=2.0, draft_size=V_DRAFT, dtype=torch.float32):
+def make_model(lk_loss_type=None, kl_scale=0.8, kl_decay=2.0, draft_size=V_DRAFT, dtype=torch.float32, rope=None):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=V_TARGET, hidden_size=H, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
         num_hidden_layers=1, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
     config.draft_vocab_size, config.target_hidden_size = draft_size, H_TARGET
+    if rope is not None:
+        config.rope_scaling = rope
     draft = PEER.draft.LlamaForCausalLMEagle3(config, attention_backend="sdpa").to(dtype)
     target_ids = torch.randperm(V_TARGET - 1)[:draft_size].add(1).sort().values  # token 0 is not in the draft's
     if draft_size == V_TARGET:
@@ -205,19 +207,23 @@ def test_autocast(kind):
     assert_gradients_agree(ours[1], expected[1], rtol=2e-2)
 
 
-class SplitAdapter(PEER.adapters.UspAdapter):
-    """The slices of their sequence-parallel adapter, and reducers that stand for other ranks, in one process."""
-
-    def __init__(self, model, calls):
-        PEER.adapters.BackendAdapter.__init__(self, model)
-        self.sp_ulysses_degree = 1
-        self.calls = calls
+class SlicingAdapter(PEER.adapters.UspAdapter):
+    """Their sequence-parallel adapter, around attention within the rank: theirs across ranks needs flash-attn."""
 
     def step_view(self, *, attention_mask, **arguments):
+        self.sp_ulysses_degree = 1
         state = super().step_view(attention_mask=attention_mask, **arguments)
         size = S - STEPS
         state.attention_mask = attention_mask[:, :, :size, :size]
         return state
+
+
+class SplitAdapter(SlicingAdapter):
+    """Its slices, and reducers that stand for other ranks, in one process."""
+
+    def __init__(self, model, calls):
+        PEER.adapters.BackendAdapter.__init__(self, model)
+        self.calls = calls
 
     def reduce_metrics(self, *, local_correct, local_denom):
         requires_grad = local_correct.requires_grad, local_denom.requires_grad
@@ -242,6 +248,22 @@ def test_sequence_parallel_adapter(lk_loss_type):
     for got, want in zip(calls, reduced, strict=True):
         torch.testing.assert_close(got[:-1], want[:-1])
         assert got[-1] == want[-1], "a collective needs its backward on every rank, or on none"
+
+
+def test_vision_and_language():
+    """Positions of three axes, and embeddings of images in the place of ids, as Qwen-VL has them."""
+    model = make_model(
+        "lambda", rope={"type": "mrope", "rope_type": "mrope", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    )
+    batch = make_batch(0, "compact")
+    text = torch.arange(S).expand(B, S)
+    image = torch.stack([text, text.clamp(min=6), text.clamp(max=9)])
+    batch["position_ids"] = image.contiguous().to(DEVICE)
+    expected = run(model, batch)
+    assert_same(run(specforge.apply(model), batch), expected)
+    batch["position_ids"] = text.expand(3, B, S).contiguous().to(DEVICE)
+    of_query = "draft_model.midlayer.self_attn.q_proj.weight"
+    assert not torch.equal(run(model, batch)[1][of_query], expected[1][of_query]), "the axes are read"
 
 
 def test_evaluation_needs_no_gradient():

@@ -45,6 +45,9 @@ class Forward:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         type(self).__init__(self, *state)
 
+    def check(self) -> None:
+        """Raise for what this kind cannot serve of its model, beyond `methods` and `heads`. By default, nothing."""
+
     def refuse(self, **call: Any) -> None:
         """Raise for keywords of the trainer's calls that cannot be served, before training starts. By default, none."""
 
@@ -73,12 +76,25 @@ def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_
         require_names(getattr(published, method), *names)
     for name in kind.heads:
         linear_head(model, name)
-    model.forward = kind(model, impl, workspace_mb)
+    forward = kind(model, impl, workspace_mb)
+    forward.check()
+    model.forward = forward
     return model
 
 
-def _name(of: type) -> str:
+def _name(of: Any) -> str:
     return f"{of.__module__}:{of.__qualname__}"
+
+
+def require_published(of: Any, *names: str) -> None:
+    """Check that a class or a method is one of those published as "module:name".
+
+    Raises:
+        TypeError: it is another one.
+    """
+    if (got := _name(of)) not in names:
+        remedy = "Logits never exist, so nothing else can change them; or do not apply. Nothing was changed."
+        checks.fail(" or ".join(names), got, remedy, TypeError)
 
 
 def unapply(model: Any) -> Any:
@@ -148,8 +164,10 @@ def require_unmodified(model: nn.Module, published: type[nn.Module], *methods: s
             )
 
 
-def linear_head(model: nn.Module, name: str) -> nn.Linear:
+def linear_head(model: nn.Module, name: str, bias: bool = True) -> nn.Linear:
     """Return the model's head of that dotted `name`, and check that all it does is a matrix product.
+
+    `bias`: whether it may have one.
 
     Raises:
         TypeError: it is another module, or one with hooks, whose effect on the logits would be lost.
@@ -163,6 +181,9 @@ def linear_head(model: nn.Module, name: str) -> nn.Linear:
             "Its logits never exist, so nothing can run on them; merge adapters into the weight, or do not apply.",
             TypeError,
         )
+    if head.bias is not None and not bias:
+        remedy = "Take it off, or do not apply. Nothing was changed."
+        checks.fail(f"{name} without a bias, as published", "one with a bias", remedy, TypeError)
     return head
 
 

@@ -20,6 +20,7 @@ and `d2t` must agree (ValueError in the forward); they may be loaded after `appl
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,9 +32,47 @@ from .. import seams
 from .lk_loss import acceptance_means, compute_lk_loss
 
 
-class Eagle3(seams.Forward):
-    """It keeps the draft vocabulary, and the draft rows of the target's head, from one call to the next."""
+class Distilled(seams.Forward):
+    """A model with a target over the target's vocabulary.
 
+    It keeps the draft vocabulary, and the draft rows of the target's head, from one call to the next.
+    """
+
+    target_head: Any = (
+        None  # the trainer's, whose `forward` now hands over its input, which the model is given as target
+    )
+
+    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
+        super().__init__(model, impl, workspace_mb)
+        self.vocab = seams.Memo(DraftVocab)
+        self.head = seams.Memo(self._make_head)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return *super().__getstate__(), self.target_head
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *own, self.target_head = state
+        super().__setstate__(tuple(own))
+
+    def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor) -> TargetHead:
+        return TargetHead(weight, proper(self.vocab(t2d, d2t)))
+
+    def take(self, target_head: Any) -> None:
+        """Let the trainer's `TargetHead` hand over hidden states, in the place of logits."""
+        seams.require_published(type(target_head), "specforge.modeling.target.target_head:TargetHead")
+        seams.linear_head(target_head, "fc")
+        target_head.forward, self.target_head = hand_over, target_head
+
+    def target(self, given: Tensor, t2d: Tensor, mask: Tensor) -> Target:
+        """Of the target's logits; or of its hidden states, where `target_head` hands those over."""
+        d2t = self.model.draft_model.d2t
+        if self.target_head is None:
+            return Target.from_logits(given.detach(), proper(self.vocab(t2d, d2t)), impl=self.options["impl"])
+        weight = seams.linear_head(self.target_head, "fc").weight
+        return Target.from_hidden(given.detach(), self.head(weight, t2d, d2t), mask, **self.options)
+
+
+class Eagle3(Distilled):
     methods = (
         (
             "forward",
@@ -46,11 +85,6 @@ class Eagle3(seams.Forward):
     )
     heads = ("draft_model.lm_head",)
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
-        self.vocab = seams.Memo(DraftVocab)
-        self.head = seams.Memo(self._make_head)
-
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], ...]:
         step = _Step(self)
         forward = seams.with_globals(
@@ -58,12 +92,14 @@ class Eagle3(seams.Forward):
             _compute_target_p_padded=step.target_from_logits,
             compute_target_p_padded_from_hidden=step.target_from_hidden,
         )
-        draft = seams.shadow(step.draft, compute_logits=step.head_input)
+        draft = seams.shadow(step.draft, compute_logits=functools.partial(head_input, step.draft))
         records, *_ = forward(seams.shadow(self.model, draft_model=draft, _acc_and_loss=_record), *args, **kwargs)
         return step.results(records)
 
-    def _make_head(self, weight: Tensor, t2d: Tensor, d2t: Tensor) -> TargetHead:
-        return TargetHead(weight, _proper(self.vocab(t2d, d2t)))
+
+def hand_over(hidden_states: Tensor) -> Tensor:
+    """The `forward` of a target's head whose logits nobody needs."""
+    return hidden_states
 
 
 def _record(**arguments: Any) -> tuple[dict[str, Any], ...]:
@@ -71,9 +107,28 @@ def _record(**arguments: Any) -> tuple[dict[str, Any], ...]:
     return (arguments,) * 7
 
 
-def _proper(vocab: DraftVocab) -> DraftVocab | None:
+def proper(vocab: DraftVocab) -> DraftVocab | None:
     """Return None for one shared vocabulary: then no rows need gathering, and the normaliser needs no pass."""
     return None if vocab.draft_size == vocab.target_size else vocab
+
+
+def head_input(draft: Any, hidden_states: Tensor) -> Tensor:
+    """Run the `compute_logits` of a draft model up to its `lm_head`."""
+    given: list[Tensor] = []
+
+    def lm_head(x: Tensor) -> Tensor:
+        given.append(x)
+        return x
+
+    out: Tensor = seams.shadow(draft, lm_head=lm_head).compute_logits(hidden_states)
+    if not given or out is not given[-1]:
+        checks.fail(
+            "compute_logits to return what lm_head gives",
+            f"{type(draft).__qualname__}.compute_logits, which changes it",
+            "Logits never exist here; express the change in the head's weight, or do not apply.",
+            TypeError,
+        )
+    return out
 
 
 class _Step:
@@ -85,8 +140,7 @@ class _Step:
         self.entropy: Tensor  # [B * S], of the target renormalised on the draft vocabulary
 
     def target_from_logits(self, target: Tensor, t2d: Tensor, loss_mask: Tensor, length: int) -> tuple[Tensor, ...]:
-        vocab = _proper(self.kept.vocab(t2d, self.draft.d2t))
-        self.target = Target.from_logits(target.detach(), vocab, impl=self.kept.options["impl"])
+        self.target = self.kept.target(target, t2d, loss_mask.squeeze(-1) != 0)
         return self._rows(t2d, loss_mask, length)
 
     def target_from_hidden(
@@ -106,24 +160,6 @@ class _Step:
         rows = torch.arange(token_ids.numel(), device=token_ids.device).view(*token_ids.shape, 1)
         rows = F.pad(rows, (0, 0, 0, length), value=-1)
         return rows, rows, F.pad(token_ids, (0, length)), position_mask
-
-    def head_input(self, hidden_states: Tensor) -> Tensor:
-        """Run `compute_logits` up to its `lm_head`."""
-        given: list[Tensor] = []
-
-        def lm_head(x: Tensor) -> Tensor:
-            given.append(x)
-            return x
-
-        out = seams.shadow(self.draft, lm_head=lm_head).compute_logits(hidden_states)
-        if not given or out is not given[-1]:
-            checks.fail(
-                "compute_logits to return what lm_head gives",
-                f"{type(self.draft).__qualname__}.compute_logits, which changes it",
-                "Logits never exist here; express the change in the head's weight, or do not apply.",
-                TypeError,
-            )
-        return out
 
     def results(self, records: list[dict[str, Any]]) -> tuple[list[Tensor], ...]:
         """Make the seven lists that the published forward returns."""
