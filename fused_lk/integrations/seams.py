@@ -45,6 +45,11 @@ class Forward:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         type(self).__init__(self, *state)
 
+    @classmethod
+    def heads_of(cls, model: Any) -> tuple[str, ...]:
+        """The plain heads of this model, where not every model of the kind has the same."""
+        return cls.heads
+
     def refuse(self, **call: Any) -> None:
         """Raise for keywords of the trainer's calls that cannot be served, before training starts. By default, none."""
 
@@ -71,7 +76,7 @@ def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_
     for method, *names in kind.methods:
         require_unmodified(model, published, method)
         require_names(getattr(published, method), *names)
-    for name in kind.heads:
+    for name in kind.heads_of(model):
         linear_head(model, name)
     model.forward = kind(model, impl, workspace_mb)
     return model
