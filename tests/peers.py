@@ -18,6 +18,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+_DRAFT_KINDS = ("eagle3", "peagle", "dflash", "dflash2", "dspark", "xpress", "mtp")
+
 
 def device() -> torch.device:
     """Where the peers' kernels run in this process."""
@@ -48,7 +50,17 @@ def specforge() -> SimpleNamespace:
 
 
 def speculators() -> SimpleNamespace:
-    """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3), `metrics`."""
+    """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3), `metrics`, `kinds`.
+
+    `kinds` has the `core` and the `config` module of each kind of draft, by its name.
+    """
+    kinds = {
+        kind: SimpleNamespace(
+            core=importlib.import_module(f"speculators.models.{kind}.core"),
+            config=importlib.import_module(f"speculators.models.{kind}.config"),
+        )
+        for kind in _DRAFT_KINDS
+    }
     return SimpleNamespace(
         eager=importlib.import_module("speculators.losses.eager"),
         fused=importlib.import_module("speculators.losses.fused"),
@@ -56,6 +68,7 @@ def speculators() -> SimpleNamespace:
         config=importlib.import_module("speculators.models.eagle3.config"),
         core=importlib.import_module("speculators.models.eagle3.core"),
         metrics=importlib.import_module("speculators.models.metrics"),
+        kinds=kinds,
     )
 
 

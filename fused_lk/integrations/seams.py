@@ -74,9 +74,9 @@ def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_
     for method, *names in kind.methods:
         require_unmodified(model, published, method)
         require_names(getattr(published, method), *names)
-    for name in kind.heads:
-        linear_head(model, name)
     forward = kind(model, impl, workspace_mb)
+    for name in forward.heads:
+        linear_head(model, name)
     forward.check()
     model.forward = forward
     return model

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from .. import seams
-from .eagle3 import Eagle3
+from .blocks import DFlash, DFlash2, DSpark, XPress
+from .eagle3 import Eagle3, PEagle
 from .losses import TESTED
+from .mtp import MTP
 
 KINDS: dict[str, type[seams.Forward]] = {
     "speculators.models.eagle3.core:Eagle3DraftModel": Eagle3,
+    "speculators.models.peagle.core:PEagleDraftModel": PEagle,
+    "speculators.models.dflash.core:DFlashDraftModel": DFlash,
+    "speculators.models.dflash2.core:DFlash2DraftModel": DFlash2,
+    "speculators.models.dspark.core:DSparkDraftModel": DSpark,
+    "speculators.models.xpress.core:XPressDraftModel": XPress,
+    "speculators.models.mtp.core:MTPDraftModel": MTP,
 }
 
 
