@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest/.ready
 
-.PHONY: demo test lint bench gate gpu clean
+.PHONY: demo test lint bench gate gpu compat clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
@@ -32,6 +32,10 @@ bench: $(READY)
 gate: $(READY)
 	$(BIN)/python -m bench.gate $(ARGS)
 
+# The tests on other versions of PyTorch and Triton, each pair in an environment of its own: GBs and minutes for each.
+compat: $(READY)
+	$(BIN)/python -m bench.compat $(ARGS)
+
 $(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed (PYTHON=... selects one)")'
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +52,4 @@ $(OLDEST): $(READY) requirements/oldest.txt
 	touch $(OLDEST)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-compat build *.egg-info

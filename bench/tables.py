@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
 def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(row) + " |")
+    print(markdown(header, rows))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -131,7 +131,7 @@ def number(
     bound = "" if minimum is None else f" >= {minimum:g}"
     bound += "" if above is None else f" > {above:g}"
     value = scalar(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(f"{name} to be a finite number{bound}", value, f"Pass {name} as a Python float.", TypeError)
     low = (minimum is not None and value < minimum) or (above is not None and value <= above)
     if not -math.inf < value < math.inf or low:  # false for NaN; math.isfinite cannot be traced

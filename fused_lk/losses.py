@@ -200,7 +200,8 @@ def lk_loss(
     )
     of_terms = ((options.terms, terms), labels, jsd_beta)
     how = (mask, pairs, draft_temperature, impl, workspace_mb, *of_terms, logit_scale, softcap)
-    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
+    of_draft = (draft_hidden, draft_lm_head_weight, bias)
+    asked = problem.linear(*of_draft, target, logits_dtype, *how, second=low_rank, scores=True)
     return _by(asked).loss(asked, options, plan)
 
 
@@ -232,7 +233,7 @@ def lk_loss_from_logits(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (options.terms, terms), labels, jsd_beta)
-    asked = problem.from_logits(draft_logits, target, *how)
+    asked = problem.from_logits(draft_logits, target, *how, scores=True)
     return _by(asked).loss(asked, options, plan)
 
 

@@ -52,7 +52,7 @@ class LKLoss(nn.Module):
         jsd_beta: float = 0.5,
     ) -> None:
         super().__init__()
-        self.options = LossOptions(
+        of_loss = LossOptions(
             objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
         )
         checks.choice("impl", impl, IMPLS)
@@ -60,7 +60,8 @@ class LKLoss(nn.Module):
         checks.workspace_bytes(workspace_mb)
         checks.wide_logits(logits_dtype)
         checks.softmax("draft_temperature", draft_temperature, logit_scale, softcap)
-        self.call_options: dict[str, Any] = {
+        self.options: dict[str, Any] = {  # a dict, because not every torch.compile can trace an object's __dict__
+            **vars(of_loss),
             "logit_scale": checks.scalar(logit_scale),
             "softcap": checks.scalar(softcap),
             "draft_temperature": checks.scalar(draft_temperature),
@@ -80,9 +81,7 @@ class LKLoss(nn.Module):
         The `inputs` change from batch to batch: mask, pairs, bias, labels. An option among them replaces the stored
         one.
         """
-        options = {**vars(self.options), **self.call_options, **inputs}
-        return lk_loss(draft_hidden, draft_lm_head_weight, target, **options)
+        return lk_loss(draft_hidden, draft_lm_head_weight, target, **{**self.options, **inputs})
 
     def extra_repr(self) -> str:
-        given = {**vars(self.options), **self.call_options}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)

@@ -62,8 +62,8 @@ class Objective(NamedTuple):
     def per_token(self, values: Tensor, supported: Tensor) -> Tensor:
         """The loss of each token, without its weight; 0 where the target has no mass on the draft vocabulary."""
         log_acceptance = torch.where(supported, values[0], 0.0)
-        losses = dict(zip(self.terms, values, strict=True))
-        losses |= {"tv": total_variation(log_acceptance), "alpha": -log_acceptance}
+        losses = {"tv": total_variation(log_acceptance), "alpha": -log_acceptance}
+        losses.update(zip(self.terms, values, strict=True))
         loss = torch.zeros_like(log_acceptance)
         for name, weight in self.coefficients(log_acceptance).items():
             if isinstance(weight, Tensor) or weight != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -135,7 +135,6 @@ def _checked(objective: Any) -> Any:
 def loss(problem: Problem, options: LossOptions, requested_plan: str) -> LKOutput:
     """See `fused_lk.lk_loss`."""
     one_pass = resolve(requested_plan, options.obstacle_to_one_pass)[0] and any(problem.needs)
-    problem = replace(problem, scores_argmax=problem.target.finds_argmax)
     run = operators if torch.compiler.is_compiling() else autograd
     with torch.autocast(problem.device.type, enabled=False):
         plan, layout = run.prepare(problem, one_pass)
@@ -278,18 +277,17 @@ class _Tokens:
         """The loss of each pair, without its weight; 0 where the target has no answer."""
         function = self.options.objective
         if not callable(function):
-            return objective.per_token(stats.values, stats.supported)
+            return objective.per_token(stats.values, stats.supported())
         if self.called is not None:
             return self.called.detach()
         made = losses_of(function(_divergences(self.problem, self.layout, stats)), self.problem.shape)
         per_pair = self.layout.per_pair(made.reshape(-1)).to(self.weights.dtype)
-        self.called = torch.where(stats.supported, per_pair, 0.0)
+        self.called = torch.where(stats.supported(), per_pair, 0.0)
         return self.called
 
     def output(self, loss: Tensor, stats: RowStats, objective: Objective) -> LKOutput:
-        stats = stats._replace(values=stats.values.detach())
         layout, target, w = self.layout, self.problem.target, self.weights
-        log_acceptance, kl, *further = stats.values
+        log_acceptance, kl, *further = stats.values.detach()
         acceptance = log_acceptance.exp()
         draft_ids = target.to_target_ids(stats.draft_argmax)
         if target.known_ids is None and not self.problem.scores_argmax:
@@ -305,11 +303,11 @@ class _Tokens:
             accuracy_sum=self.sums(correct),
             kl_sum=self.sums(kl),
             term_sums={name: self.sums(x) for name, x in zip(self.problem.further_terms, further, strict=True)},
-            loss_sum=self.sums(self.per_token(stats, objective)),
+            loss_sum=self.sums(self.per_token(stats, objective).detach()),
             kl_weight_sum=self.sums(lam),
             weight_sum=self.own_weight_sum,
             num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),
-            num_unsupported=(supervised & ~stats.supported).sum(),
+            num_unsupported=(supervised & ~stats.supported()).sum(),
             **block_sums(token_acceptance, self.per_row(correct), self.per_row(supervised), self.problem.pairs),
             position_decay=self.options.position_decay,
             token_log_acceptance=self.per_row(log_acceptance),

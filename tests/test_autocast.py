@@ -50,7 +50,7 @@ def eager(head, hidden, states, weight, vocab):
     """The loss from full logits, each made by `F.linear`."""
     log_p = reference.target_log_probs(F.linear(states, weight), vocab.t2d)
     logits = F.linear(hidden, head.weight, head.bias)
-    return reference.lk_loss(logits, log_p, objective=head.loss.options.objective).loss
+    return reference.lk_loss(logits, log_p, objective=head.loss.options["objective"]).loss
 
 
 def exact(head, hidden, states, weight, vocab, dtype):
@@ -58,7 +58,7 @@ def exact(head, hidden, states, weight, vocab, dtype):
     leaves = [x.detach().to(dtype).double().requires_grad_() for x in (hidden, head.weight, head.bias)]
     log_p = reference.target_log_probs(F.linear(states.to(dtype).double(), weight.to(dtype).double()), vocab.t2d)
     logits = F.linear(*leaves)
-    loss = reference.lk_loss(logits, log_p, objective=head.loss.options.objective).loss
+    loss = reference.lk_loss(logits, log_p, objective=head.loss.options["objective"]).loss
     return loss, torch.autograd.grad(loss, leaves)
 
 

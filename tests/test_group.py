@@ -51,8 +51,8 @@ class Model(nn.Module):
         pairs = fused_lk.Pairs(mask, torch.arange(x.shape[0]).expand(STEPS, -1), position_dim=0)
         out = self.loss(hidden[1:], self.head.weight, target, bias=self.head.bias, pairs=pairs)
         # Per token, a user reduces; the whole batch's sum of losses, by the number of ranks as gradients are averaged.
-        ranks = dist.get_world_size() if self.loss.options.group is not None else 1
-        scalar = out.loss.sum() * ranks if self.loss.options.reduction == "none" else out.loss.sum()
+        ranks = dist.get_world_size() if self.loss.options["group"] is not None else 1
+        scalar = out.loss.sum() * ranks if self.loss.options["reduction"] == "none" else out.loss.sum()
         return scalar, out
 
 

@@ -132,7 +132,7 @@ def test_kernels_agree_with_their_twin(dtype, size, has_index, has_normalizer):
     tolerance = TOLERANCE[dtype]
     keep = [0, 1, 2, 4, 5]
     torch.testing.assert_close(g[keep].double(), expected_g[keep].double(), atol=tolerance, rtol=tolerance)
-    unsupported = ~out.supported
+    unsupported = ~out.supported()
     assert unsupported.sum() == 1
     assert not g[unsupported].any()
     assert (named(out)["log_acceptance"][unsupported] == NEG_INF).all()

@@ -29,7 +29,7 @@ def gradients(problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor | 
     """The gradients of `sum d_values * values`, in the shapes of the problem's tensors; None where not needed."""
     if d_values is None or plan.layout.num_pairs == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(problem.tensors, problem.needs, strict=True)]
-    d_values = torch.where(stats.supported, d_values, 0)
+    d_values = torch.where(stats.supported(), d_values, 0)
     scale = near_unit_scale(d_values)
     walk = by_rows if plan.block_columns is None else by_vocabulary
     with torch.autocast(problem.device.type, enabled=False):  # wherever the caller runs its backward
@@ -84,7 +84,7 @@ class _OnePass(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale, *made.done())
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
-        return objective.total(stats.values, stats.supported), *stats
+        return objective.total(stats.values, stats.supported()), *stats
 
     @staticmethod
     @once_differentiable

@@ -155,7 +155,7 @@ def one_pass_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[T
     scale = near_unit_scale(objective.weights)
     stats, made = by_rows.one_pass(problem, plan, objective._replace(weights=objective.weights / scale))
     held = [x for x in made.done() if x is not None]
-    loss = objective.total(stats.values, stats.supported)
+    loss = objective.total(stats.values, stats.supported())
     return loss, _per_row(plan.layout, stats, problem.num_rows), scale, held
 
 

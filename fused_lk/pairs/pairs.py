@@ -61,7 +61,7 @@ class Pairs:
         for name, x in given.items():
             dtypes = (*checks.MASKS, *checks.FLOATS) if name == "mask" else (torch.int64,)
             checks.tensor(name, x, dtypes=dtypes)
-        first, like = next(iter(given.items()), ("", torch.empty(0)))
+        first, like = [*given.items(), ("", torch.empty(0))][0]
         for name, x in given.items():
             checks.shape(name, x, tuple(like.shape), f"the shape of {first}")
             checks.same_device(like.device, **{name: x})

@@ -180,10 +180,9 @@ class RowStats(NamedTuple):
     def log_mass(self) -> Tensor:
         return self.base[4]
 
-    @property
-    def supported(self) -> Tensor:
+    def supported(self) -> Tensor:  # no property, and none inside, which torch.compile of 2.8 cannot trace
         """bool `[n]`: the target has mass on the draft vocabulary. True for NaN, which has to reach the loss."""
-        return self.target_top != NEG_INF
+        return self.base[2] != NEG_INF
 
 
 class RowLoss(Protocol):

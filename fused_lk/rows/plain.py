@@ -98,7 +98,7 @@ class _Factors(NamedTuple):
 
     @classmethod
     def of(cls, rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values: Tensor) -> _Factors:
-        d_values = torch.where(stats.supported, d_values * rows.z_transform.gain, 0.0)
+        d_values = torch.where(stats.supported(), d_values * rows.z_transform.gain, 0.0)
         sigma, top = (stats.saved * d_values).sum(1)
         of_terms = [TERM_OF[name].factor(*x) for name, *x in zip(terms, stats.values, d_values, strict=True)]
         label = stats.target_argmax if rows.labels is None else rows.labels

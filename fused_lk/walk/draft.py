@@ -224,7 +224,7 @@ def near_unit_scale(coefficients: Tensor) -> Tensor:
         return coefficients.new_ones(1)
     largest = torch.where(coefficients.isfinite(), coefficients.abs(), 0).amax()
     _, exponent = torch.frexp(largest)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    scale = torch.ldexp(torch.ones_like(largest), exponent).to(largest.dtype)  # of torch 2.6 in the default dtype
     return torch.where(largest > 0, scale, torch.ones_like(scale)).reshape(1)
 
 

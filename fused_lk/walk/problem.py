@@ -96,6 +96,7 @@ def linear(
     logits_dtype: str | torch.dtype,
     *how: Any,
     second: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
+    scores: bool = False,
 ) -> Problem:
     """The problem of a draft with hidden states and an `lm_head`. `how` goes to `_checked`."""
     weight, bias = checks.weight_here(weight), checks.weight_here(bias)
@@ -124,14 +125,14 @@ def linear(
             expected = f"{name} of draft_hidden's dtype, {str(tensors[0].dtype).removeprefix('torch.')}"
             checks.fail(expected, x, "Convert one of them, or run under torch.autocast.", TypeError)
     wide = checks.wide_logits(logits_dtype)
-    return _checked(tuple(tensors), len(sources), True, wide, shape, weight.shape[0], target, *how)
+    return _checked(tuple(tensors), len(sources), True, wide, shape, weight.shape[0], target, *how, scores=scores)
 
 
-def from_logits(logits: Tensor | Sequence[Tensor], target: Target, *how: Any) -> Problem:
+def from_logits(logits: Tensor | Sequence[Tensor], target: Target, *how: Any, scores: bool = False) -> Problem:
     """The problem of a draft whose logits the caller holds."""
     sources, shape = _sources("draft_logits", logits)
     checks.not_empty("draft_logits", sources[0], vocabulary=-1)
-    return _checked(sources, len(sources), False, None, shape, sources[0].shape[-1], target, *how)
+    return _checked(sources, len(sources), False, None, shape, sources[0].shape[-1], target, *how, scores=scores)
 
 
 def _checked(
@@ -152,6 +153,8 @@ def _checked(
     jsd_beta: float = 0.5,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    *,
+    scores: bool,
 ) -> Problem:
     checks.choice("impl", impl, IMPLS)
     transform = Transform(*checks.softmax("draft_temperature", draft_temperature, logit_scale, softcap))
@@ -185,7 +188,8 @@ def _checked(
     jsd_beta = checks.share("jsd_beta", jsd_beta)
     if labels is not None:
         labels = _columns(labels, shape, target, device)
-    made = Problem(*given, target, pairs, shape, impl, budget, needs, all_terms(*terms), labels, jsd_beta)
+    of_terms = (all_terms(*terms), labels, jsd_beta, scores and target.finds_argmax)
+    made = Problem(*given, target, pairs, shape, impl, budget, needs, *of_terms)
     check_target_rows(pairs, made.num_rows, tiles.num_rows, target.computed)
     if checks.checks_contents(tensors[0], only_if_asked=True):
         _refuse_nonfinite(made)
@@ -272,7 +276,7 @@ def _low_rank(
     given: tuple[Tensor | Sequence[Tensor], Tensor], shape: tuple[int, ...], num_sources: int, head: Tensor
 ) -> list[Tensor]:
     """The tensors of `low_rank=(u, M)`: `u` as the hidden states are given, `[..., r]`, and `M` `[V_draft, r]`."""
-    if not isinstance(given, tuple | list) or len(given) != 2:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
         remedy = "u is [..., r], as the hidden states are; M is [V_draft, r]."
         checks.fail("low_rank to be a pair (u, M)", given, remedy, TypeError)
     sources, of_u = _sources("low_rank[0]", given[0])
@@ -291,7 +295,7 @@ def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor,
     if isinstance(given, Tensor):
         checks.tensor(name, given, min_ndim=1, dtypes=checks.FLOATS)
         return (given,), tuple(given.shape[:-1])
-    if not isinstance(given, list | tuple) or not given:
+    if not isinstance(given, (list, tuple)) or not given:
         remedy = checks.instead(given, "Pass one tensor per TTT step.")
         checks.fail(f"{name} to be a tensor or a non-empty list of tensors", given, remedy, TypeError)
     for k, x in enumerate(given):
