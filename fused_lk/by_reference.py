@@ -31,13 +31,10 @@ def _without_autocast(answer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_without_autocast
-def divergences(problem: Problem) -> Divergences:
+def divergences(problem: Problem, top1: bool) -> Divergences:
     rows = _Rows(problem)
-    return rows.divergences(
-        reference.masked_divergences(
-            rows.draft_logits, rows.log_p, rows.weights > 0, labels=rows.labels, jsd_beta=problem.jsd_beta
-        )
-    )
+    of_rows = (rows.draft_logits, rows.log_p, rows.weights > 0)
+    return rows.divergences(reference.masked_divergences(*of_rows, labels=rows.labels, jsd_beta=problem.jsd_beta), top1)
 
 
 @_without_autocast
@@ -140,14 +137,14 @@ class _Rows:
         self.draft_ids = torch.where(self.weights > 0, target.to_target_ids(self.draft_logits.argmax(-1)), 0)
         self.problem = problem
 
-    def divergences(self, terms: dict[str, Tensor]) -> Divergences:
+    def divergences(self, terms: dict[str, Tensor], top1: bool = False) -> Divergences:
         """`terms` `[N]` in the draft's shape."""
         shape = self.problem.shape
         log_acceptance, kl, *further = (terms[name].view(shape) for name in self.problem.terms)
         acceptance = torch.where(self.weights.view(shape) > 0, log_acceptance.exp(), 0)
         of_name = dict(zip(self.problem.further_terms, further, strict=True))
         made = Divergences(log_acceptance, kl, acceptance, self.draft_ids.view(shape), of_name)
-        if not self.problem.scores_argmax:
+        if not top1:
             return made
         ids = self.problem.target.token_ids
         ids = torch.full_like(self.draft_ids, -1) if ids is None else ids.reshape(-1)[self.target_rows]

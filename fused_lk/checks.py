@@ -23,8 +23,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         size = "with rows of several lengths" if value.is_nested else f"of shape {tuple(value.shape)}"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor {size} on {value.device}"
-    if isinstance(value, nn.Module | dict | list | tuple | np.ndarray) or hasattr(value, "last_hidden_state"):
-        return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple) else "")
+    if isinstance(value, (nn.Module, dict, list, tuple, np.ndarray)) or hasattr(value, "last_hidden_state"):
+        return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")
     return f"{value!r} ({type(value).__name__})"
 
 

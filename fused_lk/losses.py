@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -88,8 +87,9 @@ def lk_divergences(
     Source: arXiv 2602.23881.
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta, logit_scale, softcap)
-    asked = problem.linear(draft_hidden, draft_lm_head_weight, bias, target, logits_dtype, *how, second=low_rank)
-    return _by(asked).divergences(replace(asked, scores_argmax=checks.flag("top1", top1)))
+    of_draft, top1 = (draft_hidden, draft_lm_head_weight, bias), checks.flag("top1", top1)
+    asked = problem.linear(*of_draft, target, logits_dtype, *how, second=low_rank, scores=top1)
+    return _by(asked).divergences(asked, top1)
 
 
 def lk_divergences_from_logits(
@@ -114,8 +114,8 @@ def lk_divergences_from_logits(
     The gradient has the size and dtype of the logits. The logits themselves are never written.
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta)
-    asked = problem.from_logits(draft_logits, target, *how)
-    return _by(asked).divergences(replace(asked, scores_argmax=checks.flag("top1", top1)))
+    top1 = checks.flag("top1", top1)
+    return _by(asked := problem.from_logits(draft_logits, target, *how, scores=top1)).divergences(asked, top1)
 
 
 def lk_loss(

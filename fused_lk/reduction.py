@@ -150,13 +150,13 @@ def loss(problem: Problem, options: LossOptions, requested_plan: str) -> LKOutpu
         return tokens.output(tokens.reduce(stats, objective), stats, objective)
 
 
-def divergences(problem: Problem) -> Divergences:
+def divergences(problem: Problem, top1: bool) -> Divergences:
     """See `fused_lk.lk_divergences`."""
     run = operators if torch.compiler.is_compiling() else autograd
     with torch.autocast(problem.device.type, enabled=False):
         plan, layout = run.prepare(problem, False)
         stats = RowStats(*run.divergences(problem, plan, *problem.tensors))
-        return _divergences(problem, layout, stats, problem.scores_argmax)
+        return _divergences(problem, layout, stats, top1)
 
 
 def _divergences(problem: Problem, layout: Layout, stats: RowStats, top1: bool = False) -> Divergences:
@@ -166,16 +166,11 @@ def _divergences(problem: Problem, layout: Layout, stats: RowStats, top1: bool =
     log_acceptance, kl, *further = stats.values
     acceptance, ids = per_row(log_acceptance.exp()), per_row(problem.target.to_target_ids(stats.draft_argmax))
     terms = {name: per_row(x) for name, x in zip(problem.further_terms, further, strict=True)}
-    made = Divergences(per_row(log_acceptance), per_row(kl), acceptance, ids, terms)
-    if not top1:
-        return made
-    target_top1 = torch.where(stats.supported, (stats.log_mass - stats.target_log_total).exp(), 0)
-    return replace(
-        made,
-        draft_top1=per_row(stats.draft_log_total.neg().exp()),
-        target_top1=per_row(target_top1),
-        target_token_ids=per_row(_target_ids(problem, layout, stats)),
-    )
+    tops: tuple[Tensor, ...] = ()
+    if top1:
+        target_top1 = torch.where(stats.supported(), (stats.log_mass - stats.target_log_total).exp(), 0)
+        tops = (stats.draft_log_total.neg().exp(), target_top1, _target_ids(problem, layout, stats))
+    return Divergences(per_row(log_acceptance), per_row(kl), acceptance, ids, terms, *map(per_row, tops))
 
 
 def _target_ids(problem: Problem, layout: Layout, stats: RowStats) -> Tensor:

@@ -12,7 +12,7 @@ from . import losses, rows
 class Mixed(seams.Forward):
     """A forward that takes a `loss_config`, and a `tv_loss_fn` where it reports acceptance rates."""
 
-    heads = ("lm_head", "verifier_lm_head")
+    heads: tuple[str, ...] = ("lm_head", "verifier_lm_head")
     default = "kl_div"  # What the published forward does without a loss config.
 
     def refuse(self, **call: Any) -> None:

@@ -305,8 +305,8 @@ def _one_or_list(tensors: Sequence[Tensor] | Tensor) -> Tensor | Sequence[Tensor
 
 
 def _flat(d: Divergences) -> Divergences:
-    values = (d.log_acceptance, d.kl, d.acceptance, d.draft_token_ids)
-    return Divergences(*(x.reshape(-1) for x in values), {name: x.reshape(-1) for name, x in d.terms.items()})
+    own = {name: x.reshape(-1) for name, x in vars(d).items() if isinstance(x, Tensor)}
+    return Divergences(**own, terms={name: x.reshape(-1) for name, x in d.terms.items()})
 
 
 def _require_vocabulary(is_so: bool, asked: str) -> None:
