@@ -57,7 +57,8 @@ class DFlash(Mixed):
         """This replaces `_backbone_forward`, of a sequence of `size` tokens."""
         body = seams.shadow(self.model, lm_head=identity, verifier_lm_head=identity)
         hidden, draft, targets, mask, positions = self.backbone(body, *args, **kwargs)
-        lm_head, verifier_head, second = (*heads, None)[:3]
+        lm_head, verifier_head = heads[:2]
+        second = heads[2] if heads[2:] else None
         at = torch.arange(len(positions), device=positions.device).unsqueeze(0)
         same = first_of_each(positions, size)
         target_rows = torch.where(mask != 0, same, -1)
