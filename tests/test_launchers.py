@@ -98,18 +98,19 @@ def metrics_of(printed: str) -> list[dict[str, float]]:
 
 
 def test_speculators(tmp_path):
-    """One rank and two ranks; the same validation as without the integration."""
+    """EAGLE-3 on one rank and two, and DFlash with its default loss; the same validation as without the integration."""
     options = tiny_runs.speculators(tmp_path)
     eagle3 = ("train", *options, "--speculator-type=eagle3", "--ttt-steps=2", "--loss-fn=lk_hybrid")
+    dflash = ("train", *options, "--speculator-type=dflash", "--block-size=4", "--max-anchors=4")
     commands = {}
-    for name, command in (("eagle3", eagle3),):
+    for name, command in (("eagle3", eagle3), ("dflash", dflash)):
         plain = (*SPECULATORS, *command, "--loss-implementation=eager", f"--save-path={tmp_path / name / 'plain'}")
         commands[f"{name} plain"] = (plain, {"FUSED_LK_DISABLE": "1"})
         commands[f"{name} fused"] = ((*SPECULATORS, *command, f"--save-path={tmp_path / name / 'fused'}"), {})
     commands["ranks"] = ((*TORCHRUN, *SPECULATORS, *eagle3, f"--save-path={tmp_path / 'ranks'}"), {})
     printed = at_once(commands)
 
-    for name, kind in (("eagle3", "Eagle3DraftModel"),):
+    for name, kind in (("eagle3", "Eagle3DraftModel"), ("dflash", "DFlashDraftModel")):
         assert printed[f"{name} fused"].count(f"fused_lk: rank 0: applied to {kind}") == 1
         assert "fused_lk: rank" not in printed[f"{name} plain"]
         ours, theirs = (
@@ -120,8 +121,8 @@ def test_speculators(tmp_path):
             assert ours[metric] == pytest.approx(value, rel=2**-8, abs=1e-4), (name, metric)
     assert [printed["ranks"].count(f"rank {rank}: applied to Eagle3DraftModel") for rank in (0, 1)] == [1, 1]
 
-    folders = [str(tmp_path / x / "0") for x in ("eagle3/fused", "ranks")]
-    folders = [str(tmp_path / x / "0") for x in ("eagle3/fused", "ranks")]
+    folders = [str(tmp_path / x / "0") for x in ("eagle3/fused", "dflash/fused", "ranks")]
+    folders = [str(tmp_path / x / "0") for x in ("eagle3/fused", "dflash/fused", "ranks")]
     load = f"from speculators import SpeculatorModel as Model; [Model.from_pretrained(x) for x in {folders}]"
     run("-c", WITHOUT + load)
 
@@ -183,8 +184,11 @@ def test_what_cannot_be_served_is_refused_before_training(monkeypatch):
     monkeypatch.setenv("FUSED_LK_WORKSPACE_MB", "1.5")
     applied = launch.Applied(apply)
     with pytest.raises(ValueError, match="no such loss"):
-        applied.to(torch.nn.Linear(2, 2), loss_config={})
-    assert given == [{"impl": "torch", "workspace_mb": 1.5}, {"loss_config": {}}] and not applied.models
+        applied.to(torch.nn.Linear(2, 2), {"loss_config": {}}, target_head=None)
+    assert (
+        given == [{"impl": "torch", "workspace_mb": 1.5, "target_head": None}, {"loss_config": {}}]
+        and not applied.models
+    )
 
 
 def test_replaced_names_come_back():

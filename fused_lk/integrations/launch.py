@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -34,8 +34,10 @@ class Applied:
         self.apply = apply
         self.models: list[str] = []
 
-    def to(self, model: Any, **call: Any) -> Any:
-        """Apply to `model`, and refuse what its forward cannot serve of the keywords that it will be called with.
+    def to(self, model: Any, call: Mapping[str, Any] | None = None, **own: Any) -> Any:
+        """Apply to `model`, with options of its `own`, and refuse what its forward cannot serve of its `call`.
+
+        `call` has the keywords that the trainer will call the model with.
 
         Raises:
             TypeError, RuntimeError, ValueError: as `apply`, before training starts.
@@ -45,8 +47,8 @@ class Applied:
             "impl": os.environ.get("FUSED_LK_IMPL", "auto"),
             "workspace_mb": workspace if workspace == "auto" else float(workspace),
         }
-        self.apply(model, **options)
-        vars(model)["forward"].refuse(**call)
+        self.apply(model, **options, **own)
+        vars(model)["forward"].refuse(**call or {})
         name = type(model).__name__
         self.models.append(name)
         rank = os.environ.get("RANK", "0")

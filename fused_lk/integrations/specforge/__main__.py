@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def build_model_bundle(*args: Any, **kwargs: Any) -> Any:
         bundle = build(*args, **kwargs)
-        applied.to(bundle.model)
+        # Where the trainer has a target head, it would make [tokens, V_target] logits before it calls the model.
+        applied.to(bundle.model, **{} if bundle.target_head is None else {"target_head": bundle.target_head})
         return bundle
 
     def train_applied(resolved: Any) -> int:

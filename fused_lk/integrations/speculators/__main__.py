@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     train, trainer = cli.main, cli.Trainer
 
     def make_trainer(model: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        return trainer(applied.to(model, **config.train_call_kwargs), config, *args, **kwargs)
+        return trainer(applied.to(model, config.train_call_kwargs), config, *args, **kwargs)
 
     def train_applied(config: Any) -> None:
         train(config)
