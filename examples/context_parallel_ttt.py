@@ -57,7 +57,9 @@ class Draft(nn.Module):
         self.lm_head = nn.Linear(SIZE, VOCAB, bias=False)
         self.group = group
 
-    def forward(self, tokens: Tensor, states: Tensor, loss_mask: Tensor, head: fused_lk.TargetHead) -> fused_lk.LKOutput:
+    def forward(
+        self, tokens: Tensor, states: Tensor, loss_mask: Tensor, head: fused_lk.TargetHead
+    ) -> fused_lk.LKOutput:
         """Of this rank's chunk `[B, C]`, `[B, C, H]`, `[B, C]`."""
         length = tokens.shape[1]
         if self.group is not None:

@@ -49,10 +49,13 @@ def on_ranks(rank):
             chunk = [x.split([cut, LENGTH - cut], 1)[rank] for x in batch]
             model = DistributedDataParallel(example.Draft(dist.group.WORLD).double())
             results[cut, mask] = trained(model, chunk, head)
-    try:
+    ddp = load("ddp")
+    table, target_lm_head = ddp.make_target()
+    model = DistributedDataParallel(ddp.Draft(dist.group.WORLD))
+    of_ddp = trained(model, ddp.make_batch(table, 0, rank), fused_lk.TargetHead(target_lm_head))
+    with pytest.raises(ValueError) as refused:
         example.with_halo(torch.zeros(2, 3), dist.group.WORLD)
-    except ValueError as error:
-        return results, str(error)
+    return results, of_ddp, str(refused.value)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_a_sharded_sequence_is_the_whole_one(ranks, cut, mask):
     batch, head = long_sequence(example, mask)
     loss, metrics, gradients = trained(example.Draft().double(), batch, head)
     assert (loss > 0) == (mask != "nothing")
-    by_rank = [results[cut, mask] for results, _ in ranks]
+    by_rank = [results[cut, mask] for results, *_ in ranks]
     torch.testing.assert_close(sum(x for x, *_ in by_rank) / len(by_rank), loss, rtol=1e-12, atol=1e-15)
     for _, got, of_rank in by_rank:
         assert got == pytest.approx(metrics, rel=1e-12, abs=1e-15)
@@ -79,10 +82,25 @@ def test_a_sharded_sequence_is_the_whole_one(ranks, cut, mask):
 
 
 def test_a_chunk_shorter_than_the_halo_is_refused(ranks):
-    assert all("chunks of at least 4 rows" in message and "got 3" in message for _, message in ranks)
+    assert all("chunks of at least 4 rows" in message and "got 3" in message for *_, message in ranks)
 
 
-@pytest.mark.parametrize("name", ["context_parallel_ttt"])
+def test_ddp_is_one_process(ranks):
+    ddp = load("ddp")
+    table, target_lm_head = ddp.make_target()
+    batch = [torch.cat(x) for x in zip(*(ddp.make_batch(table, 0, rank) for rank in (0, 1)), strict=True)]
+    loss, metrics, gradients = trained(ddp.Draft(), batch, fused_lk.TargetHead(target_lm_head))
+    counts = batch[2][:, 2:].sum(1).view(2, -1).sum(1)
+    assert counts[0] > 1.3 * counts[1], "a mean of the ranks' means would be another number"
+    by_rank = [of_ddp for _, of_ddp, _ in ranks]
+    torch.testing.assert_close(sum(x for x, *_ in by_rank) / len(by_rank), loss, rtol=1e-5, atol=0)
+    for _, got, of_rank in by_rank:
+        assert got == pytest.approx(metrics, rel=1e-5)
+        for name, want in gradients.items():
+            assert (of_rank[name] - want).abs().max() <= 1e-5 * want.abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["context_parallel_ttt", "ddp"])
 def test_under_torchrun(name):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
