@@ -36,12 +36,13 @@ gate: $(READY)
 compat: $(READY)
 	$(BIN)/python -m bench.compat $(ARGS)
 
-$(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.txt setup.py pyproject.toml
+$(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.txt requirements/examples.txt \
+		setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed (PYTHON=... selects one)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements/dev.txt
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements/peers-deps.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/peers.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/peers.txt -r requirements/examples.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 

@@ -1,163 +1,116 @@
-"""Train an EAGLE-3 style draft for a Hugging Face model, in a plain loop, without ever making logits.
+"""A draft in Hugging Face's `Trainer`, with gradient accumulation that is exact.
 
-    python examples/transformers_trainer.py --steps 100
+    pip install transformers accelerate
+    python examples/transformers_trainer.py
 
-The target is a `transformers` Llama (tiny, with random weights, so that this runs anywhere in seconds; put
-`AutoModelForCausalLM.from_pretrained(...)` in its place). All that concerns the loss is in `loss_of`:
+`Trainer` counts the labels of all micro-batches of a step, over all ranks, and hands the count to a model whose forward
+takes `num_items_in_batch`. It is the `denominator` of the loss. So the gradients are those of the whole batch, however
+uneven the masks are. The objective must not need the mean acceptance of a batch: lambda is taken per token here.
 
-    target model ──> last hidden states, and its real lm_head
-    draft        ──> one hidden state tensor per test-time-training (TTT) step, and its own lm_head over d2t / t2d
-    fused_lk     ──> loss, gradients and metrics of all steps in one call
-
-Row t of the draft has seen the target's features up to token t and the tokens up to t + 1 + k in step k; it predicts
-token t + 2 + k, which the target's hidden state t + 1 + k predicts. So step k scores draft row t against target row
-t + 1 + k, and nothing is shifted, sliced or copied: the pair list, `fused_lk.Pairs.ttt`, says which row meets which.
+`Trainer` logs what `LKSums.merged` makes of the micro-batches since the last time.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import fused_lk
 
-TARGET_CONFIG = LlamaConfig(
-    vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.12,
-)  # fmt: skip
-DRAFT_VOCAB_SIZE = 512
-AUX_LAYERS = (1, 2, 3)  # hidden_states[i] is the output of layer i; 0 would be the embedding
-TTT_STEPS = 3
-BATCH, LENGTH, PROMPT = 8, 48, 12
+LENGTH, SIZE, VOCAB = 24, 32, 256
+IGNORED = -100
 
 
 class Draft(nn.Module):
-    """One decoder layer over the target's features and the tokens that follow them, unrolled for several steps."""
+    """Row t has seen the target's hidden state t and token t + 1, and meets target row t + 1."""
 
-    def __init__(self, target: LlamaForCausalLM, t2d: Tensor) -> None:
+    accepts_loss_kwargs = True  # `Trainer` passes num_items_in_batch
+
+    def __init__(self, target_lm_head: Tensor) -> None:
         super().__init__()
-        config, size = target.config, target.config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.embed = target.get_input_embeddings()  # shared with the target, frozen
-        self.features = nn.Linear(len(AUX_LAYERS) * size, size, bias=False)
-        self.norm_token, self.norm_state, self.norm_mlp, self.norm_out = (LlamaRMSNorm(size) for _ in range(4))
-        self.qkv = nn.Linear(2 * size, 3 * size, bias=False)
-        self.out = nn.Linear(size, size, bias=False)
-        self.mlp = LlamaMLP(config)
-        self.rotary = LlamaRotaryEmbedding(config)
-        # As checkpoints store them: a bool mask over the target's vocabulary, and offsets to target ids.
-        vocab = fused_lk.DraftVocab(t2d)
-        self.register_buffer("t2d", t2d)
-        self.register_buffer("d2t", vocab.d2t)
-        self.lm_head = nn.Linear(size, vocab.draft_size, bias=False)
-        self.lm_head.weight.data.copy_(target.lm_head.weight[t2d])
+        self.embed = nn.Embedding(VOCAB, SIZE)
+        self.body = nn.Sequential(nn.Linear(2 * SIZE, 2 * SIZE), nn.SiLU(), nn.Linear(2 * SIZE, SIZE))
+        self.lm_head = nn.Linear(SIZE, VOCAB, bias=False)
+        self.register_buffer("target_lm_head", target_lm_head, persistent=False)  # moves along, is not saved
 
-    def forward(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
-        """The hidden states `[B, S, H]` of each step, ready for `lm_head`, which is not called."""
-        batch, length = tokens.shape
-        state = self.features(features)
-        attends = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        own = torch.eye(length, dtype=torch.bool, device=tokens.device)
-        keys, values, hidden = [], [], []
-        for step in range(steps):
-            following = F.pad(tokens[:, 1 + step :], (0, 1 + step))  # padded rows are in no pair
-            x = torch.cat([self.norm_token(self.embed(following)), self.norm_state(state)], -1)
-            q, k, v = (y.view(batch, length, self.num_heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-            where = torch.arange(length, device=tokens.device).add(step).unsqueeze(0)
-            q, k = apply_rotary_pos_emb(q, k, *self.rotary(x, where))
-            keys.append(k)
-            values.append(v)
-            # A row sees the first step's rows before it, and its own later ones.
-            mask = torch.cat([attends, *[own] * step], -1)
-            y = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
-            state = state + self.out(y.transpose(1, 2).reshape(batch, length, -1))
-            state = state + self.mlp(self.norm_mlp(state))
-            hidden.append(self.norm_out(state))
-        return hidden
+    def forward(
+        self, input_ids: Tensor, states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> dict[str, Any]:
+        hidden = self.body(torch.cat([states[:, :-1], self.embed(input_ids[:, 1:])], -1))
+        out = fused_lk.lk_loss(
+            hidden, self.lm_head.weight, fused_lk.Target.from_hidden(states[:, 1:], self.target_lm_head),
+            mask=labels[:, 1:] != IGNORED, lambda_per="token", denominator=num_items_in_batch,
+        )  # fmt: skip
+        return {"loss": out.loss, "out": out}
 
 
-def loss_of(
-    draft: Draft,
-    target: LlamaForCausalLM,
-    head: fused_lk.TargetHead,
-    batch: dict[str, Tensor],
-    workspace_mb: float | str = "auto",
-    **options: Any,
-) -> fused_lk.LKOutput:
-    """The loss of one batch; `options` go to `fused_lk.lk_loss`."""
-    tokens, loss_mask = batch["input_ids"], batch["loss_mask"]
-    with torch.no_grad():
-        body = target.model(tokens, output_hidden_states=True, use_cache=False)  # the model without its lm_head
-    features = torch.cat([body.hidden_states[layer] for layer in AUX_LAYERS], -1)
-    hidden = draft(features, tokens, TTT_STEPS)
-    # Target rows that some pair uses: hidden state t counts if token t + 1 does.
-    used = F.pad(loss_mask[:, 1:], (0, 1), value=False)
-    scored_against = fused_lk.Target.from_hidden(body.last_hidden_state, head, used, workspace_mb=workspace_mb)
-    pairs = fused_lk.Pairs.ttt(loss_mask, TTT_STEPS)
-    return fused_lk.lk_loss(
-        hidden, draft.lm_head.weight, scored_against, pairs=pairs, workspace_mb=workspace_mb, **options
-    )
+class DraftTrainer(Trainer):
+    """`Trainer`, which logs the metrics of the draft."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seen: list[fused_lk.LKSums] = []
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        self.seen.append(outputs["out"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        if self.seen:  # with ranks: .all_reduced(torch.distributed.group.WORLD)
+            logs = {**logs, **fused_lk.LKSums.merged(self.seen).metrics("draft_")}
+            self.seen = []
+        super().log(logs, *args)
 
 
-def make_target(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    target = LlamaForCausalLM(TARGET_CONFIG).eval().requires_grad_(False)
-    target.lm_head.weight.data *= 3  # random weights are nearly uniform otherwise: nothing to learn
-    return target
+def make_data(size: int) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Rows as a data set gives them, and the target's `lm_head`.
+
+    `labels[t]` is the token that target row t predicts, or -100 where it does not count. Draft row t needs target row
+    t + 1, so that target row 0 has no label.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table, lm_head = torch.randn(2, VOCAB, SIZE, generator=generator)
+    rows = []
+    for _ in range(size):
+        tokens = torch.randint(VOCAB, (LENGTH + 1,), generator=generator)
+        states = table[tokens[:-1]] + 0.3 * torch.randn(LENGTH, SIZE, generator=generator)
+        prompt = int(torch.randint(1, LENGTH, (), generator=generator))
+        labels = tokens[1:].masked_fill(torch.arange(LENGTH) < prompt, IGNORED)
+        rows.append({"input_ids": tokens[:-1], "states": states, "labels": labels})
+    return rows, lm_head * 0.7
 
 
-def frequencies() -> Tensor:
-    """Of the made-up corpus: token 0 the most frequent, then as Zipf has it."""
-    weights = 1 / torch.arange(1, TARGET_CONFIG.vocab_size + 1)
-    return weights / weights.sum()
-
-
-def make_batch(generator: torch.Generator) -> dict[str, Tensor]:
-    """Token ids, and a loss mask that leaves out a prompt of some length."""
-    tokens = torch.multinomial(frequencies(), BATCH * LENGTH, True, generator=generator).view(BATCH, LENGTH)
-    prompt = torch.randint(1, PROMPT, (BATCH, 1), generator=generator)
-    return {"input_ids": tokens, "loss_mask": torch.arange(LENGTH) >= prompt}
-
-
-def train(steps: int, objective: str = "lambda", learning_rate: float = 2e-3) -> list[dict[str, float]]:
-    """The metrics of each step."""
-    target = make_target()
-    kept = frequencies().topk(DRAFT_VOCAB_SIZE).indices  # the draft proposes the most frequent tokens
-    t2d = torch.zeros(TARGET_CONFIG.vocab_size, dtype=torch.bool).index_fill_(0, kept, True)
-    draft = Draft(target, t2d)
-    head = fused_lk.TargetHead(target.lm_head.weight, fused_lk.DraftVocab(draft.t2d, draft.d2t))  # once, not per batch
-    trainable = [p for p in draft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(1)
-    history = []
-    for step in range(steps):
-        out = loss_of(draft, target, head, make_batch(generator), objective=objective, position_decay=0.8)
-        optimizer.zero_grad()
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        history.append(out.metrics())
-        if step % max(1, steps // 10) == 0 or step == steps - 1:
-            rates = "  ".join(f"{history[-1][f'acceptance_rate_{k}']:.3f}" for k in range(TTT_STEPS))
-            length = history[-1]["expected_acceptance_length"]
-            print(f"step {step:4d}  loss {history[-1]['loss']:.4f}  acceptance {rates}  length {length:.3f}")
-    return history
+def train(steps: int, batch: int = 8, accumulation: int = 4) -> DraftTrainer:
+    data, target_lm_head = make_data(512)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory, max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            learning_rate=1e-2, logging_steps=max(1, steps // 5), save_strategy="no", report_to=[], disable_tqdm=True,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = DraftTrainer(model=Draft(target_lm_head), args=arguments, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--objective", choices=["kl", "tv", "alpha", "lambda"], default="lambda")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=60)
     given = parser.parse_args(arguments)
-    return train(given.steps, given.objective, given.learning_rate)
+    history = [x for x in train(given.steps).state.log_history if "draft_loss" in x]
+    for logs in history:
+        names = ("loss", "grad_norm", "draft_acceptance_rate_0", "draft_acceptance_length")
+        print(f"step {logs['step']:4d}  " + "  ".join(f"{name} {logs[name]:.3f}" for name in names if name in logs))
+    return history
 
 
 if __name__ == "__main__":

@@ -38,19 +38,22 @@ def counts(mask, ids, b, own, row):
 @pytest.mark.parametrize("skip_masked", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("steps, shift", [(1, 0), (4, 1), (2, 3)])
-def test_ttt(steps, shift, weighted, packed, skip_masked):
+@pytest.mark.parametrize(
+    "steps, shift, draft_length", [(1, 0, None), (4, 1, None), (2, 3, None), (4, 1, 6), (2, 0, LENGTH)]
+)
+def test_ttt(steps, shift, draft_length, weighted, packed, skip_masked):
     mask, ids = random_tokens(steps, weighted)
     ids = ids if packed else None
-    expected = {}
+    expected, length = {}, draft_length or LENGTH
     for k in range(steps):
         for b in range(BATCH):
-            for t in range(LENGTH):
+            for t in range(length):
                 row = t + shift + k
                 if weight := counts(mask, ids, b, t, row):
-                    expected[((k * BATCH + b) * LENGTH + t, b * LENGTH + row, k)] = weight
-    pairs = fused_lk.Pairs.ttt(mask, steps, shift, sequence_ids=ids, skip_masked=skip_masked)
-    assert pairs.shape == (steps, BATCH, LENGTH)
+                    expected[((k * BATCH + b) * length + t, b * LENGTH + row, k)] = weight
+    options = {"sequence_ids": ids, "draft_length": draft_length, "skip_masked": skip_masked}
+    pairs = fused_lk.Pairs.ttt(mask, steps, shift, **options)
+    assert pairs.shape == (steps, BATCH, length)
     assert len(expected) > 5
     assert listed(pairs) == expected
 
@@ -107,6 +110,8 @@ def test_a_block_drafter_is_scored_as_written_out():
         (lambda mask: fused_lk.Pairs.ttt(mask[0], 2), "loss_mask with 2 dimension"),
         (lambda mask: fused_lk.Pairs.ttt(mask, 0), "steps to be a positive int; got 0"),
         (lambda mask: fused_lk.Pairs.ttt(mask, 2, -1), "shift to be an int >= 0; got -1"),
+        (lambda mask: fused_lk.Pairs.ttt(mask, 2, draft_length=0), "draft_length to be a positive int; got 0"),
+        (lambda mask: fused_lk.Pairs.ttt(mask, 2, draft_length=12), r"draft_length <= 11, .*; got 12"),
         (lambda mask: fused_lk.Pairs.ttt(mask, 2, sequence_ids=mask.long()[:2]), "one per row of loss_mask"),
         (lambda mask: fused_lk.Pairs.blocks(torch.zeros(2, 4).long(), 3, mask), "a row for each row of loss_mask"),
         (lambda mask: fused_lk.Pairs.blocks(torch.full((3, 1), -2), 3, mask), r"anchors in \[-1, 11\)"),

@@ -111,6 +111,7 @@ class Pairs:
         shift: int = 1,
         *,
         sequence_ids: Tensor | None = None,
+        draft_length: int | None = None,
         skip_masked: bool = True,
     ) -> Pairs:
         """The pairs of test-time training: draft row t of step k against target row t + shift + k.
@@ -123,15 +124,19 @@ class Pairs:
             steps: number of TTT steps K, each a draft position.
             shift: target row less draft row in step 0, >= 0.
             sequence_ids: int64 `[B, S]`, where rows pack several sequences: a pair stays inside one sequence.
+            draft_length: the draft has this many rows, the first of the S. Where a sequence is sharded over ranks
+                (context parallelism), a rank's target and mask go on with the first `shift + steps` rows of the next
+                rank, and its draft does not. Default: S.
             skip_masked: as in `Pairs`.
 
         Returns:
             Pairs of shape `[K, B, S]`: of a list of K hidden states `[B, S, H]` against a target of `[B, S]` rows.
+            With `draft_length` it stands for S in the shape of the pairs, and in that of the hidden states.
 
         Raises:
             TypeError, ValueError: wrong types, shapes, devices or sizes.
         """
-        counts, rows = patterns.ttt(loss_mask, steps, shift, sequence_ids)
+        counts, rows = patterns.ttt(loss_mask, steps, shift, sequence_ids, draft_length)
         return cls(counts, rows, position_dim=0, skip_masked=skip_masked)
 
     @classmethod

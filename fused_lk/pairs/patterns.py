@@ -14,11 +14,16 @@ from .. import checks
 Pattern = tuple[Tensor, Tensor]
 
 
-def ttt(loss_mask: Tensor, steps: int, shift: int, sequence_ids: Tensor | None) -> Pattern:
-    """`[steps, B, S]`: row t of step k meets target row t + shift + k of its sequence."""
+def ttt(loss_mask: Tensor, steps: int, shift: int, sequence_ids: Tensor | None, draft_length: int | None) -> Pattern:
+    """`[steps, B, S]`, or `[steps, B, draft_length]`: row t of step k meets target row t + shift + k of its sequence."""
     _check_tokens(loss_mask, sequence_ids)
     steps, shift = checks.integer("steps", steps), checks.integer("shift", shift, minimum=0)
-    step, sequence, own = _grid(loss_mask.device, steps, *loss_mask.shape)
+    batch, length = loss_mask.shape
+    rows = length if draft_length is None else checks.integer("draft_length", draft_length)
+    if rows > length:
+        remedy = "loss_mask has the tokens of the draft's rows, and those after them."
+        checks.fail(f"draft_length <= {length}, the length of loss_mask", rows, remedy)
+    step, sequence, own = _grid(loss_mask.device, steps, batch, rows)
     return _in_sequences(loss_mask, sequence_ids, sequence, own, own + (step + shift))
 
 
