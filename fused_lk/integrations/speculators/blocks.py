@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import seams
 from .eagle3 import needed
@@ -26,7 +26,7 @@ from .rows import DraftLogits, Rows, TargetLogits, first_of_each, identity
 
 
 class DFlash(Mixed):
-    methods = (
+    methods: tuple[tuple[str, ...], ...] = (
         ("forward", "_backbone_forward", "compute_metrics"),
         ("_backbone_forward", "lm_head", "verifier_lm_head"),
     )
@@ -60,13 +60,13 @@ class DFlash(Mixed):
         """This replaces `_backbone_forward`, of a sequence of `size` tokens."""
         body = seams.shadow(self.model, lm_head=identity, verifier_lm_head=identity)
         hidden, draft, targets, mask, positions = self.backbone(body, *args, **kwargs)
-        lm_head, verifier_head, *second = heads
+        lm_head, verifier_head, second = heads[0], heads[1], heads[2] if len(heads) > 2 else None
         at = torch.arange(len(positions), device=positions.device).unsqueeze(0)
         same = first_of_each(positions, size)
         target_rows = torch.where(mask != 0, same, -1)
         which = same == at[0] if self.everywhere else needed(target_rows[0])
         target = TargetLogits(targets, verifier_head, self.options, same, which)
-        logits = DraftLogits([draft], lm_head, self.options, target, target_rows, terms, self.everywhere, *second)
+        logits = DraftLogits([draft], lm_head, self.options, target, target_rows, terms, self.everywhere, second)
         return hidden, Rows(logits, at), Rows(target, at), mask, positions
 
 

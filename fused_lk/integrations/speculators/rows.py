@@ -1,7 +1,7 @@
 """Rows of logits that are never made, and what the published code may ask of them.
 
-speculators' losses and metrics are written for logits `[1, T, V]`, of the draft and of the target. They run as published
-on two `Rows` instead. `Rows` hold row numbers, so that slices and views of them cost nothing, and a source that answers:
+speculators' losses and metrics are written for logits `[1, T, V]`, of the draft and of the target. They run as
+published on two `Rows` instead. These hold row numbers, which can be sliced and viewed, and a source that answers:
 
     asked of              the draft                                     the target
     losses, acceptance    one call of `lk_divergences`, kept            (the same call)
@@ -305,8 +305,9 @@ def _one_or_list(tensors: Sequence[Tensor] | Tensor) -> Tensor | Sequence[Tensor
 
 
 def _flat(d: Divergences) -> Divergences:
-    values = (d.log_acceptance, d.kl, d.acceptance, d.draft_token_ids)
-    return Divergences(*(x.reshape(-1) for x in values), {name: x.reshape(-1) for name, x in d.terms.items()})
+    d = replace(d, **{name: getattr(d, name).reshape(-1) for name in ("log_acceptance", "kl", "acceptance")})
+    terms = {name: x.reshape(-1) for name, x in d.terms.items()}
+    return replace(d, draft_token_ids=d.draft_token_ids.reshape(-1), terms=terms)
 
 
 def _require_vocabulary(is_so: bool, asked: str) -> None:
