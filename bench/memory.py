@@ -2,8 +2,9 @@
 
 The figure is the peak of live tensor bytes beyond the inputs, forward and backward. Nothing is allocated or computed
 (see `bench.accounting`), so the figures do not depend on the machine. Our losses walk as on a GPU. The eager losses are
-those of `bench.eager`, which `bench.providers` also times. Kernels of others cannot be accounted, because PyTorch does
-not see inside them: SpecForge's KL is a Triton kernel, and is written out there.
+those of `bench.eager`, which `bench.providers` also times. PyTorch does not see inside the Triton kernels of others.
+SpecForge's KL is written out there. speculators' fused losses, its default, allocate in Python alone: `fused` allocates
+the same, and `tests/test_accounting.py` compares it with them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import fused_lk
 
@@ -86,16 +90,44 @@ def ours(plan: str, impl: str = "triton") -> Prepare:
     return prepare
 
 
+class _Fused(torch.autograd.Function):
+    """The allocations of one of speculators' fused losses: it keeps both logits and five numbers per row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        loss, stats = (logits.new_empty(*size, len(logits), dtype=torch.float32) for size in ((), (5,)))
+        ctx.save_for_backward(logits, targets, stats)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+def fused(inputs: Inputs) -> Tensor:
+    """`lk_hybrid` as speculators' fused losses, without values: KL and TV are a kernel each, forward and backward."""
+    with torch.no_grad():
+        targets = F.linear(inputs.target_hidden, inputs.target_draft_weight)
+
+    def row_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        kl, tv = _Fused.apply(logits, targets), _Fused.apply(logits, targets)
+        kl_weight = torch.exp(-eager.ETA * (1.0 - tv).detach())
+        return kl_weight * kl + (1.0 - kl_weight) * tv
+
+    return eager.over_steps(inputs, targets, row_loss)
+
+
 def accounted(shape: Shape, prepare: Prepare, device: str = "cuda") -> Accounted:
     """The step at full size, walking as on `device`."""
     with full_size(device):
         return account(prepare(make_inputs(shape)))
 
 
-SPECFORGE, SPECULATORS = "eager, as SpecForge", "eager, as speculators"
+SPECFORGE, SPECULATORS, FUSED = "eager, as SpecForge", "eager, as speculators", "fused, as speculators"
 PROVIDERS: dict[str, Prepare] = {
     SPECFORGE: plain(eager.specforge),
     SPECULATORS: plain(eager.speculators),
+    FUSED: plain(fused),
     "eager, chunked and checkpointed": plain(eager.checkpointed),
     "fused_lk, recompute": ours("recompute"),
     "fused_lk, one pass": ours("one_pass"),
@@ -104,7 +136,7 @@ PROVIDERS: dict[str, Prepare] = {
 
 def providers_of(shape: Shape) -> dict[str, Prepare]:
     """Those that can serve the shape: speculators takes no probabilities."""
-    return {name: x for name, x in PROVIDERS.items() if not (shape.probs and name == SPECULATORS)}
+    return {name: x for name, x in PROVIDERS.items() if not (shape.probs and name in (SPECULATORS, FUSED))}
 
 
 Row = tuple[str, str, str, str, str]

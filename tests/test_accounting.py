@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 from dataclasses import replace
 
+import peers
 import pytest
 import torch
 
+from bench import eager
 from bench.accounting import Accounting, account, full_size
-from bench.memory import PROVIDERS, Shape, make_inputs, ours
+from bench.memory import FUSED, PROVIDERS, Shape, make_inputs, ours
 
 SMALL = Shape("small", num_tokens=600, hidden_size=48, draft_vocab_size=3000, target_vocab_size=5000, ttt_steps=2)
 EAGER = {name: prepare for name, prepare in PROVIDERS.items() if name.startswith("eager")}
@@ -32,6 +35,27 @@ def test_it_is_what_the_allocator_gave(name, dtype):
     assert account(prepare(make_inputs(shape))).peak == allocated
     with full_size("cpu"):
         assert account(prepare(make_inputs(shape))).peak == allocated
+
+
+@pytest.mark.parametrize("ttt_steps", [1, 3])
+def test_fused_losses_of_speculators_allocate_what_is_accounted(ttt_steps, monkeypatch):
+    """The published functions, with kernels that are not launched, on a GPU's dtypes."""
+    module, shape = peers.speculators().fused, replace(SMALL, dtype="bfloat16", ttt_steps=ttt_steps)
+    for kernel in ("loss_forward_kernel", "loss_backward_kernel"):
+        monkeypatch.setattr(module, kernel, collections.defaultdict(lambda: lambda *_, **__: None))
+    inputs = make_inputs(shape)
+    ours = account(PROVIDERS[FUSED](inputs))
+
+    def row_loss(logits, targets):
+        return module.fused_lk_hybrid_loss(logits.unsqueeze(0), targets.unsqueeze(0)).squeeze(0)
+
+    def theirs():
+        with torch.no_grad():
+            targets = torch.nn.functional.linear(inputs.target_hidden, inputs.target_draft_weight)
+        return eager.over_steps(inputs, targets, row_loss)
+
+    published = account(theirs)
+    assert (ours.peak, ours.after_forward) == (published.peak, published.after_forward)
 
 
 def test_a_storage_counts_once_until_its_last_tensor_is_gone():

@@ -51,7 +51,10 @@ class _Recorded(Mixed):
     ) -> list[Rows]:
         head = seams.linear_head(self.model, "lm_head")
         draft = DraftLogits(hidden, head, self.options, target, target_rows, terms, everywhere)
-        return [Rows(draft, at) for at in torch.arange(target_rows.numel(), device=hidden[0].device).view_as(target_rows).unsqueeze(1)]
+        return [
+            Rows(draft, at)
+            for at in torch.arange(target_rows.numel(), device=hidden[0].device).view_as(target_rows).unsqueeze(1)
+        ]
 
     def target(self, hidden: Tensor, **which: Any) -> tuple[TargetLogits, Rows]:
         target = TargetLogits(hidden, seams.linear_head(self.model, "verifier_lm_head"), self.options, **which)

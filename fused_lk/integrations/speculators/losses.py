@@ -1,9 +1,9 @@
 """The functions of `speculators.losses.fused`, by name and signature, on any device.
 
 They take logits and target logits over the draft vocabulary, `[1, T, V]`, and give one loss per token, `[1, T]`. Both
-distributions are normalised over the draft vocabulary, as everywhere in speculators. What they promise is little:
-they run where the fused Triton kernels do not, and their values are safe (below). On a GPU they save no memory over
-those kernels, which save five numbers per row as well. Neither can save the logits, which the caller makes; `apply` can.
+distributions are normalised over the draft vocabulary, as everywhere in speculators. They run where the fused Triton
+kernels do not, and their values are safe (below). On a GPU they save no memory over those kernels, which keep no
+softmax either. Neither can do without the logits, which the caller makes. `apply` can.
 
 `nla` is not clamped. Below an acceptance rate of 1e-5 the published loss is constant and has no gradient; this one
 goes on as -log alpha. A target logit of -inf means a token that cannot be drawn, and gives no NaN. A row that has only

@@ -1,7 +1,7 @@
 """Rows of logits that are never made, and what the published code may ask of them.
 
-speculators' losses and metrics are written for logits `[1, T, V]`, of the draft and of the target. They run as published
-on two `Rows` instead. `Rows` hold row numbers, so that slices and views of them cost nothing, and a source that answers:
+speculators' losses and metrics are written for logits `[1, T, V]`, of the draft and of the target. They run as
+published on two `Rows` instead. These hold row numbers, which can be sliced and viewed, and a source that answers:
 
     asked of              the draft                                     the target
     losses, acceptance    one call of `lk_divergences`, kept            (the same call)
