@@ -8,9 +8,9 @@ hidden   2 H bytes: the last hidden state in bf16             exact, but for the
 topk     8 K + 4 bytes: the K likeliest tokens, their fp32    cut: other tokens count as impossible, and
          logits, and the normaliser over all tokens           alpha is too low by their mass
 
-Files are memory-mapped: a batch reads its own rows, and nothing else is ever in memory. NumPy has no bf16. So the states
-are written as int16, and viewed as bf16 after reading: the same bits. The first part takes the place of an engine or of
-`transformers`; what it writes is all that the second part knows.
+Files are memory-mapped: a batch reads its own rows alone. NumPy has no bf16. So the states are written as int16, and
+viewed as bf16 after reading: the same bits. The first part takes the place of an engine or of `transformers`. What it
+writes is all that the second part knows.
 """
 
 from __future__ import annotations
