@@ -288,6 +288,16 @@ def test_rows_that_do_not_count_are_not_read(case):
     assert run(specforge.unapply(model), batch)[0][0].isnan()
 
 
+@pytest.mark.parametrize("case", ["dflash, decay", "dpace", "domino"])
+def test_masks_with_weights(case):
+    """A token counts by its weight in the loss, and from 0.5 on in the accuracy."""
+    model, batch = make_model(case), make_batch(case)
+    weights = torch.rand(B, S, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    batch["loss_mask"] = batch["loss_mask"] * (0.2 + 0.8 * weights)
+    expected = run(model, batch)
+    assert_same(run(specforge.apply(model), batch), expected)
+
+
 @pytest.mark.parametrize("supervised", [1.0, 0.0])
 def test_masks_of_peagle(supervised):
     model, batch = make_model("peagle"), make_batch("peagle", supervised=supervised)
@@ -396,6 +406,8 @@ def test_refusals():
     model = make_model("domino")
     model.draft_model.embed_proj[2] = nn.Identity()
     refused("embed_proj.2 to be a torch.nn.Linear", model)
+    model.draft_model.embed_proj[2] = nn.Linear(6, V_DRAFT)
+    refused("embed_proj.2 without a bias", model)
     model = make_model("dspark, vanilla")
     model.draft_model.markov_head.__class__ = OwnMarkov
     refused("OwnMarkov", model)
