@@ -1,7 +1,8 @@
-"""vLLM speculators 0.9.0: its fused losses on any device, and its draft models without logits.
+"""vLLM speculators 0.9.0: its fused losses on any device, and each of its draft kinds without logits.
 
 The one-line change is one of two. After `speculators.register()`, `resolve_loss_config` gives the functions below.
-`speculators.apply(model)`, on a draft model before it is sharded, does without the logits altogether.
+`speculators.apply(model)`, on a draft model before it is sharded, does without the logits altogether, for any of the
+seven losses and their weighted sums.
 """
 
 from ..seams import unapply

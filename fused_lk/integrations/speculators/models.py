@@ -25,7 +25,9 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto")
     """Let a draft model of speculators compute its loss from hidden states; returns `model`.
 
     What its forward returns stays the same: draft tokens, loss, metrics, and all gradients; the modules of the kinds
-    name the exceptions. In the step no `[tokens, V]` tensor exists any more.
+    name the exceptions. In the step no `[tokens, V]` tensor exists any more. The losses may be any of speculators'
+    seven, fused, eager or registered. `model.forward.refuse(**call)` raises for others, from the keywords that the
+    trainer will pass.
 
     Apply before sharding; the heads must belong to the root unit. Applying again replaces the options.
 
