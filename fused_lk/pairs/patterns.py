@@ -15,7 +15,7 @@ Pattern = tuple[Tensor, Tensor]
 
 
 def ttt(loss_mask: Tensor, steps: int, shift: int, sequence_ids: Tensor | None, draft_length: int | None) -> Pattern:
-    """`[steps, B, S]`, or `[steps, B, draft_length]`: row t of step k meets target row t + shift + k of its sequence."""
+    """`[steps, B, S]` or `[steps, B, draft_length]`: row t of step k meets target row t + shift + k of its sequence."""
     _check_tokens(loss_mask, sequence_ids)
     steps, shift = checks.integer("steps", steps), checks.integer("shift", shift, minimum=0)
     batch, length = loss_mask.shape
