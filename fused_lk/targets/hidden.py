@@ -29,9 +29,9 @@ class HiddenTiles(Tiles):
 
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, exact: bool = False) -> None:
         self.kind = "exact_hidden" if exact else "hidden"
-        self.hidden, *of_head = tensors
-        self.bias = of_head.pop() if len(of_head) in (2, 5) else None
-        self.weight = of_parts(of_head, self.hidden)
+        biased = len(tensors) in (3, 6)
+        self.hidden, self.bias = tensors[0], tensors[-1] if biased else None
+        self.weight = of_parts(tensors[1 : len(tensors) - biased], self.hidden)
         super().__init__(tensors, vocab_size, _logits_dtype(self.hidden, exact))
 
     def write(self, t: Tensor, rows: slice | Tensor, columns: slice) -> None:
