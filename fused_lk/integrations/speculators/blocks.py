@@ -39,8 +39,11 @@ class DFlash(Mixed):
 
         self.backbone = conditional_torch_compile(type(model)._backbone_forward)
         self.forward = inspect.unwrap(self.published)
-        if self.second is not None and getattr(model, self.second[0]) is not None:
-            self.heads = (*self.heads, ".".join(self.second))
+
+    @property
+    def heads(self) -> tuple[str, ...]:  # type: ignore[override]
+        has_second = self.second is not None and getattr(self.model, self.second[0]) is not None
+        return (*Mixed.heads, ".".join(self.second)) if has_second and self.second is not None else Mixed.heads
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call, terms = self.on_rows(args, kwargs)
