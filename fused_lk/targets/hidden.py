@@ -29,9 +29,10 @@ class HiddenTiles(Tiles):
 
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, exact: bool = False) -> None:
         self.kind = "exact_hidden" if exact else "hidden"
-        self.hidden, *of_head = tensors
-        self.bias = of_head.pop() if len(of_head) in (2, 5) else None
-        self.weight = of_parts(of_head, self.hidden)
+        self.hidden, of_head = tensors[0], tensors[1:]
+        has_bias = len(of_head) in (2, 5)
+        self.bias = of_head[-1] if has_bias else None
+        self.weight = of_parts(of_head[:-1] if has_bias else of_head, self.hidden)
         super().__init__(tensors, vocab_size, _logits_dtype(self.hidden, exact))
 
     def write(self, t: Tensor, rows: slice | Tensor, columns: slice) -> None:
