@@ -6,6 +6,9 @@ distributed as the target's, and a training that is killed goes on to the same w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +16,10 @@ import fused_lk
 
 transformers = pytest.importorskip("transformers")
 
+from study import batches, lines, train  # noqa: E402
 from study.decode import Target, decode  # noqa: E402
 from study.draft import Draft  # noqa: E402
+from study.settings import LOSSES, QUICK  # noqa: E402
 
 VOCAB, DRAFT_VOCAB, END = 60, 40, 1
 LAYERS = (0, 1, 2)
@@ -194,3 +199,119 @@ def test_acceptance_is_what_alpha_predicts(models):
     ):
         assert variance > 5
         assert abs(accepted - predicted) < 4 * variance**0.5
+
+
+class Memory:
+    """Features that are held in memory."""
+
+    def __init__(self, model, lengths, seed):
+        generator = torch.Generator().manual_seed(seed)
+        texts = [torch.randint(2, VOCAB, (1, n), generator=generator) for n in lengths]
+        outs = [model.model(input_ids=text, output_hidden_states=True) for text in texts]
+        self.token_ids = torch.cat(texts, 1)[0].int().numpy()
+        self.mask = np.concatenate([np.arange(n) >= 3 for n in lengths])
+        self.sequence_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        self._last = torch.cat([out.last_hidden_state for out in outs], 1)[0].bfloat16()
+        self._fused = torch.cat([torch.cat(out.hidden_states[:3], -1) for out in outs], 1)[0].bfloat16()
+
+    def fused(self, at):
+        return self._fused[at]
+
+    def last(self, at):
+        return self._last[at]
+
+
+TINY = replace(
+    QUICK, sequence_length=24, train_tokens=24 * 2 * 12, batch_rows=2, ttt_steps=3, evaluations=3, checkpoints=4,
+    learning_rate=3e-3, draft_tokens=3, decode_tokens=8, decode_prompts=6, decode_batch=3, timed_prompts=1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def bench(tmp_path):
+    model = tiny_target(torch.float32)
+    head = fused_lk.TargetHead(model.get_output_embeddings().weight, fused_lk.DraftVocab(torch.arange(VOCAB) < 40))
+    lengths = torch.randint(6, 25, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = []
+    for i, name in enumerate(("train", "heldout")):
+        (tmp_path / name).mkdir()
+        features = Memory(model, lengths[i:], i)
+        parts.append(train.Texts(features, train.scores_of(features, head, tmp_path / name)))
+    return train.Bench(TINY, model, head, *parts)
+
+
+def test_rows_hold_whole_sequences_once():
+    pieces = [slice(a, a + n) for a, n in ((0, 5), (5, 20), (25, 7), (32, 12), (44, 3))]
+    rows = batches.packed(pieces, 24)
+    assert sorted((p for row in rows for p in row), key=lambda p: p.start) == pieces
+    assert all(sum(p.stop - p.start for p in row) <= 24 for row in rows)
+    assert len(rows) == 2
+    ids = Memory(tiny_target(), [5, 20, 30], 0)
+    assert batches.sequences(ids, 24) == [slice(0, 5), slice(5, 25), slice(25, 49)]
+
+
+def test_a_batch_is_what_lies_on_disk(bench):
+    features = bench.train.features
+    pieces = batches.sequences(features, 24)
+    rows = next(batches.endless(pieces, 24, 2, seed=0))
+    batch = bench.batch(bench.train, rows)
+    for row, slices in enumerate(rows):
+        at = 0
+        for piece in slices:
+            to = slice(at, at := at + piece.stop - piece.start)
+            assert batch.tokens[row, to].tolist() == features.token_ids[piece].tolist()
+            assert batch.mask[row, to].tolist() == features.mask[piece].tolist()
+            assert torch.equal(batch.fused[row, to], features.fused(piece).float())
+            logits = features.last(piece).float() @ bench.head.weight.T
+            torch.testing.assert_close(batch.normalizer[row, to], logits.logsumexp(-1))
+            assert torch.equal(batch.argmax[row, to], logits.argmax(-1))
+            assert len(batch.sequence_ids[row, to].unique()) == 1
+        assert not batch.mask[row, at:].any()
+        assert len(batch.sequence_ids[row].unique()) == len(slices) + (at < 24)
+
+
+def log_of(folder):
+    return [(line["step"], line["gradient_norm"], line["loss"]) for line in lines.read(folder / "log.jsonl")]
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(bench, tmp_path, monkeypatch):
+    train.train(bench, "lambda", 0, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def killed_at(n):
+        calls = iter(range(n))
+
+        def scored(*arguments):
+            if arguments[3] != {"objective": "kl"} and next(calls, None) is None:
+                raise Killed
+            return real(*arguments)
+
+        return scored
+
+    real = train.scored
+    for n in (2, 8, 4):  # before the first checkpoint, between two, and again
+        monkeypatch.setattr(train, "scored", killed_at(n))
+        with pytest.raises(Killed):
+            train.train(bench, "lambda", 0, tmp_path / "killed")
+    monkeypatch.setattr(train, "scored", real)
+    train.train(bench, "lambda", 0, tmp_path / "killed")
+    whole, killed = (train.load(bench, tmp_path / name).state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
+    assert [step for step, *_ in log_of(tmp_path / "whole")] == list(range(TINY.steps))
+    curves = [lines.read(tmp_path / name / "curve.jsonl") for name in ("whole", "killed")]
+    assert curves[0] == curves[1]
+    assert [line["step"] for line in curves[0]] == [0, 4, 8, 12]
+    assert curves[0][-1]["loss"] < curves[0][0]["loss"]
+
+
+def test_all_losses_of_a_seed_start_alike(bench, tmp_path):
+    first = {}
+    for loss in LOSSES:
+        train.train(replace(bench, settings=replace(TINY, train_tokens=48)), loss, 1, tmp_path / loss)
+        (line,) = lines.read(tmp_path / loss / "log.jsonl")
+        first[loss] = line["gradient_norm"], line["acceptance_rate_0"], line["kl_1"]
+    assert len({values[1:] for values in first.values()}) == 1  # the same draft on the same texts
+    assert len({round(values[0], 7) for values in first.values()}) == len(LOSSES)  # under another loss each
