@@ -6,6 +6,8 @@ distributed as the target's, and a training that is killed goes on to the same w
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +18,8 @@ import fused_lk
 
 transformers = pytest.importorskip("transformers")
 
-from study import batches, lines, train  # noqa: E402
-from study.decode import Target, decode  # noqa: E402
+from study import batches, lines, report, train, trials  # noqa: E402
+from study.decode import Counts, Target, decode  # noqa: E402
 from study.draft import Draft  # noqa: E402
 from study.settings import LOSSES, QUICK  # noqa: E402
 
@@ -315,3 +317,43 @@ def test_all_losses_of_a_seed_start_alike(bench, tmp_path):
         first[loss] = line["gradient_norm"], line["acceptance_rate_0"], line["kl_1"]
     assert len({values[1:] for values in first.values()}) == 1  # the same draft on the same texts
     assert len({round(values[0], 7) for values in first.values()}) == len(LOSSES)  # under another loss each
+
+
+def test_prompts_end_where_answers_begin(bench):
+    features = bench.heldout.features
+    prompts = trials.prompts_of(features, 5)
+    starts = np.flatnonzero(np.diff(features.sequence_ids, prepend=-1))[:5]
+    assert prompts == [features.token_ids[a : a + 3].tolist() for a in starts]
+
+
+def test_from_training_to_the_report(bench, tmp_path):
+    settings = replace(TINY, folder=tmp_path, losses=("kl", "lambda"), seeds=(0, 1))
+    bench = replace(bench, settings=settings)
+    train.run(bench, tmp_path / "train")
+    trials.run(bench, LAYERS, END, tmp_path / "train", tmp_path / "decode")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "decode").rglob("*.json")}
+    removed = next(iter(written))
+    before = json.loads(removed.read_text())
+    removed.unlink()
+    trials.run(bench, LAYERS, END, tmp_path / "train", tmp_path / "decode")
+    after = json.loads(removed.read_text())
+    assert before["answers"] == after["answers"]  # of the unit that a kill would have lost; the others are kept
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items() if path != removed)
+    page = report.write(settings, {"stage train": "1 s"}).read_text()
+    total = sum((counts for r in report.gathered(settings) for counts in r.decoded[1.0]), Counts(3))
+    assert total.output_tokens + total.dropped_tokens == total.drafts + total.accepted_tokens > 0
+    assert total.draft_tokens == 3 * total.drafts
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| LK-lambda |")]
+    means = [np.mean([c.acceptance_length for c in r.decoded[1.0]]) for r in report.gathered(settings)]
+    assert f"{means[1]:.3f}" in rows[1][5]
+    assert "acceptance at token 2" in page
+    assert "acceptance at token 3" not in page
+    assert "1 of 1" in page  # greedy texts are the plain ones
+    assert "| stage train | 1 s |" in page
+    for picture in re.findall(r"\((\w+\.png)\)", page):
+        assert (tmp_path / "report" / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_report_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Run the stage 'decode'"):
+        report.write(replace(TINY, folder=tmp_path), {})
