@@ -101,7 +101,7 @@ def read(features: Features, rows: Sequence[Row], length: int, scores: tuple[np.
         stacked(of(features.token_ids), torch.long),
         stacked(of(features.mask), torch.bool),
         stacked(lambda at: torch.full((at.stop - at.start,), at.start), torch.long, -1),
-        stacked(features.fused, torch.float32),
-        stacked(features.last, torch.float32),
+        stacked(features.fused, torch.bfloat16),
+        stacked(features.last, torch.bfloat16),
         *(() if scores is None else (stacked(of(scores[0]), torch.float32), stacked(of(scores[1]), torch.long))),
     )

@@ -104,7 +104,9 @@ class Draft(nn.Module):
 
     def first_state(self, features: Tensor) -> Tensor:
         """What step 0 reads of the features `[..., 3 * hidden]`."""
-        return self.fc(self.norm_features(features.unflatten(-1, (self.size.features, -1))).flatten(-2))
+        dtype = self.fc.weight.dtype  # under autocast the states stay as exact as the weights
+        layers = features.to(dtype).unflatten(-1, (self.size.features, -1))
+        return self.fc(self.norm_features(layers).flatten(-2)).to(dtype)
 
     def step(self, state: Tensor, following: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """The next states of rows, `[B, m, hidden]`, which the cache takes in at `positions`.
@@ -123,11 +125,11 @@ class Draft(nn.Module):
         return self._layer(state, following, positions, attend)
 
     def _layer(self, state: Tensor, following: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        token = F.embedding(following, self.embedding)
+        token = F.embedding(following, self.embedding).to(state.dtype)
         x = torch.cat([self.norm_token(token), self.norm_state(state)], -1)
         heads = self.qkv(x).unflatten(-1, (-1, self.size.head)).transpose(1, 2)
         q, k, v = heads.split([self.size.heads, self.size.key_heads, self.size.key_heads], 1)
-        turn = self._turn(positions)
+        turn = [x.to(q.dtype) for x in self._turn(positions)]
         y = attend(rotated(q, *turn), rotated(k, *turn), v)
         state = state + self.out(y.transpose(1, 2).flatten(-2))
         gate, value = self.up(self.norm_mlp(state)).chunk(2, -1)
@@ -138,8 +140,7 @@ class Draft(nn.Module):
         half = self.size.head // 2
         exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
         angle = positions[:, None, :, None] * self.size.rope_theta**-exponents
-        dtype = self.embedding.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return angle.cos(), angle.sin()
 
 
 class _Chains:

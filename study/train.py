@@ -59,7 +59,7 @@ def scores_of(features: Features, head: fused_lk.TargetHead, folder: Path) -> tu
         block = 4096
         for start in tqdm(range(0, n, block), desc=f"target's normalisers, {folder.name}", unit="block"):
             at = slice(start, min(start + block, n))
-            target = fused_lk.Target.from_hidden(features.last(at).float(), head)
+            target = fused_lk.Target.from_hidden(features.last(at).to(head.weight.dtype), head)
             assert target.token_ids is not None
             found[0][at], found[1][at] = target.log_normalizer.numpy(), target.token_ids.numpy()
         for path, array in zip(paths, found, strict=True):
@@ -124,10 +124,10 @@ def train(bench: Bench, loss: str, seed: int, folder: Path) -> None:
 
 
 def load(bench: Bench, folder: Path) -> Draft:
-    """The trained draft of a folder, for decoding."""
+    """The trained draft of a folder, for decoding, in the target's dtype."""
     draft = Draft.of(bench.model, target_ids(bench.head), 0)
     draft.load_state_dict(torch.load(folder / "draft.pt", weights_only=True))
-    return draft.eval().requires_grad_(False)
+    return draft.to(bench.settings.torch_dtype).eval().requires_grad_(False)
 
 
 def target_ids(head: fused_lk.TargetHead) -> Tensor:
@@ -140,10 +140,17 @@ def scored(
 ) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
     """The loss of a batch, over all steps of test-time training, and which rows it is of."""
     settings = bench.settings
+    with torch.autocast("cpu", settings.torch_dtype, enabled=settings.torch_dtype != torch.float32):
+        return _scored(settings, bench.head, draft, batch, loss)
+
+
+def _scored(
+    settings: Settings, head: fused_lk.TargetHead, draft: Draft, batch: Batch, loss: dict[str, Any]
+) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
     hidden = draft(batch.fused, batch.tokens, batch.sequence_ids, settings.ttt_steps)
     pairs = fused_lk.Pairs.ttt(batch.mask, settings.ttt_steps, sequence_ids=batch.sequence_ids)
     target = fused_lk.Target.from_hidden(
-        batch.last, bench.head, log_normalizer=batch.normalizer, token_ids=batch.argmax
+        batch.last.to(head.weight.dtype), head, log_normalizer=batch.normalizer, token_ids=batch.argmax
     )
     out = fused_lk.lk_loss(
         hidden, draft.head.weight, target, pairs=pairs,

@@ -224,7 +224,7 @@ class Memory:
 
 
 TINY = replace(
-    QUICK, sequence_length=24, train_tokens=24 * 2 * 12, batch_rows=2, ttt_steps=3, evaluations=3, checkpoints=4,
+    QUICK, dtype="float32", sequence_length=24, train_tokens=24 * 2 * 12, batch_rows=2, ttt_steps=3, evaluations=3, checkpoints=4,
     learning_rate=3e-3, draft_tokens=3, decode_tokens=8, decode_prompts=6, decode_batch=3, timed_prompts=1,
 )  # fmt: skip
 
@@ -263,7 +263,7 @@ def test_a_batch_is_what_lies_on_disk(bench):
             to = slice(at, at := at + piece.stop - piece.start)
             assert batch.tokens[row, to].tolist() == features.token_ids[piece].tolist()
             assert batch.mask[row, to].tolist() == features.mask[piece].tolist()
-            assert torch.equal(batch.fused[row, to], features.fused(piece).float())
+            assert torch.equal(batch.fused[row, to], features.fused(piece))
             logits = features.last(piece).float() @ bench.head.weight.T
             torch.testing.assert_close(batch.normalizer[row, to], logits.logsumexp(-1))
             assert torch.equal(batch.argmax[row, to], logits.argmax(-1))
@@ -307,6 +307,17 @@ def test_a_killed_training_goes_on_to_the_same_weights(bench, tmp_path, monkeypa
     assert curves[0] == curves[1]
     assert [line["step"] for line in curves[0]] == [0, 4, 8, 12]
     assert curves[0][-1]["loss"] < curves[0][0]["loss"]
+
+
+def test_training_in_half_precision_is_the_same_training(bench, tmp_path):
+    """Of the master weights and of what they see: bf16 rounds the products alone."""
+    half = replace(bench, settings=replace(TINY, dtype="bfloat16"))
+    for name, one in (("whole", bench), ("half", half)):
+        train.train(one, "lambda", 0, tmp_path / name)
+    got, want = (lines.read(tmp_path / name / "curve.jsonl")[-1]["acceptance_rate_0"] for name in ("half", "whole"))
+    assert got == pytest.approx(want, abs=0.02)
+    assert all(x.dtype == torch.float32 for x in torch.load(tmp_path / "half" / "draft.pt").values())
+    assert train.load(half, tmp_path / "half").head.weight.dtype == torch.bfloat16
 
 
 def test_all_losses_of_a_seed_start_alike(bench, tmp_path):
