@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .lines import replaced
 from .settings import Settings
+from .stage import replaced
 
 if TYPE_CHECKING:
     from .report import Trained
