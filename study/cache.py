@@ -39,3 +39,8 @@ class Cache:
     def keep(self, rows: Tensor) -> None:
         """Forget all rows of the batch but these."""
         self.keys, self.values = ([x[rows] for x in kept] for kept in (self.keys, self.values))
+
+    def put(self, rows: Tensor, other: Cache) -> None:
+        """Let these rows of the batch be those of another cache, of as many slots."""
+        for kept, new in zip([*self.keys, *self.values], [*other.keys, *other.values], strict=True):
+            kept[rows] = new

@@ -41,6 +41,10 @@ class Settings:
     feature_batch: int = 8  # rows of `sequence_length` tokens a target pass
     sequence_length: int = 512  # of a packed row
     draft_vocab_size: int = 8192
+    # A JSONL file of conversations in place of the prompts that come with the study, and whether the target answers
+    # them anew (their own answers are not what this target says).
+    data: Path | None = None
+    regenerate: bool = True
 
     # Training: one draft for each loss and seed.
     losses: tuple[str, ...] = tuple(LOSSES)

@@ -63,3 +63,16 @@ def seed(*names: object) -> int:
     """A seed for the unit that is called so: of the names alone, whatever ran before. 63 bits."""
     text = "/".join(map(str, names)).encode()
     return (zlib.crc32(text) << 31) ^ zlib.crc32(text[::-1] + b"/")
+
+
+def same(path: Path, values: dict[str, Any]) -> None:
+    """Keep `values` in `path`, or compare with what is there: a folder holds one run, however often it is resumed."""
+    values = json.loads(json.dumps(values, default=str))
+    if not path.exists():
+        write_json(path, values)
+        return
+    found = read_json(path)
+    changed = {key: (found.get(key), value) for key, value in values.items() if found.get(key) != value}
+    if changed:
+        told = ", ".join(f"{key} {old!r} there, {new!r} asked" for key, (old, new) in changed.items())
+        raise ValueError(f"expected the settings that {path.parent} was made with, got others: {told}. Use a new folder.")
