@@ -83,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two losses, one seed, fewer texts")
     parser.add_argument("--folder", type=Path, help="default: .study, or .study-quick")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=FULL.dtype, help="of the products")
     parser.add_argument("--losses", nargs="+", choices=LOSSES)

@@ -177,9 +177,11 @@ def write(settings: Settings, facts: dict[str, Any]) -> Path:
 def machine() -> dict[str, str]:
     """What the numbers were made with."""
     cpu = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if (
-        cpu.exists()
-    ) else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if (cpu.exists())
+        else []
+    )
     return {
         "fused_lk": fused_lk.__version__,
         "torch": torch.__version__,

@@ -135,9 +135,7 @@ def target_ids(head: fused_lk.TargetHead) -> Tensor:
     return head.vocab.target_ids
 
 
-def scored(
-    bench: Bench, draft: Draft, batch: Batch, loss: dict[str, Any]
-) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
+def scored(bench: Bench, draft: Draft, batch: Batch, loss: dict[str, Any]) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
     """The loss of a batch, over all steps of test-time training, and which rows it is of."""
     settings = bench.settings
     with torch.autocast("cpu", settings.torch_dtype, enabled=settings.torch_dtype != torch.float32):

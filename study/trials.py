@@ -1,4 +1,4 @@
-"""Decode held-out prompts with every draft: a file of counts for each batch of prompts, and timings beside plain decoding.
+"""Decode held-out prompts with every draft: a file of counts for each batch of prompts, and timings.
 
 A unit's file is written at its end, so a kill loses one batch of prompts.
 """
@@ -63,7 +63,11 @@ def units(settings: Settings, prompts: Sequence[Sequence[int]], folder: Path) ->
                 for at in range(0, len(prompts), settings.decode_batch):
                     path = folder / f"{loss}-{seed}" / f"t{temperature:g}-{at}.json"
                     chunk = prompts[at : at + settings.decode_batch]
-                    made.append(Unit(path, f"{loss}-{seed}", temperature, chunk, stage.seed(settings.seed, temperature, at), True))
+                    made.append(
+                        Unit(
+                            path, f"{loss}-{seed}", temperature, chunk, stage.seed(settings.seed, temperature, at), True
+                        )
+                    )
     return made
 
 
