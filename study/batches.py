@@ -8,24 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:  # which packs its rows with what is below
+    from .features import Features
+
 Row = list[slice]  # the sequences of a row, as slices of the texts
-
-
-class Features(Protocol):
-    """Texts and the target's states of them: `features.open` gives one."""
-
-    token_ids: np.ndarray  # int32 [N]
-    mask: np.ndarray  # bool [N], tokens of answers
-    sequence_ids: np.ndarray  # int32 [N]
-
-    def fused(self, at: slice) -> Tensor: ...
-    def last(self, at: slice) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         mine, theirs = asdict(self), asdict(other)
-        both = {
+        both: dict[str, Any] = {
             name: [a + b for a, b in zip(x, theirs[name], strict=True)] if isinstance(x, list) else x + theirs[name]
             for name, x in mine.items()
         }
@@ -166,7 +166,8 @@ class _Run:
         seed: int,
         predict: bool,
     ) -> None:
-        self.target, self.draft, self.head = target, draft, head
+        self.target, self.draft, self.vocab = target, draft, head.vocab
+        self.head = head
         self.k = 0 if draft is None else draft_tokens
         self.temperature, self.predict = temperature, predict and temperature > 0 and self.k > 0
         self.generator = torch.Generator().manual_seed(seed)
@@ -225,12 +226,12 @@ class _Run:
     def _round(self) -> list[list[int]]:
         """One draft and its verification: the tokens that each row gained."""
         proposed, logits_q, hidden = self._propose()  # draft ids [B, K], [B, K, V_draft], K times [B, H]
-        ids = proposed if self.head.vocab is None else self.head.vocab.target_ids[proposed]
+        ids = proposed if self.vocab is None else self.vocab.target_ids[proposed]
         last = torch.tensor([text[-1] for text in self.text]).unsqueeze(-1)
         steps = torch.arange(self.k + 1)
         states, features = self.target(torch.cat([last, ids], 1), self.lengths.unsqueeze(-1) - 1 + steps, self.cache)
         self.counts.passes += 1
-        logits = states @ self.head.weight.T  # [B, K + 1, V_target]
+        logits = states @ self.target.head.T  # [B, K + 1, V_target]
         if self.temperature > 0:
             logits, logits_q = logits.float() / self.temperature, logits_q.float() / self.temperature
             normalizer = logits.logsumexp(-1)
@@ -259,7 +260,7 @@ class _Run:
         batch = len(self.text)
         if self.draft is None:
             nothing = torch.zeros(batch, 0, dtype=torch.long)
-            return nothing, self.head.weight.new_zeros(batch, 0, 0), []
+            return nothing, self.target.head.new_zeros(batch, 0, 0), []
         fresh = self.lengths - 1 - self.fresh_from  # of each row
         most = int(fresh.max())
         positions = self.fresh_from.unsqueeze(-1) + torch.arange(most)
@@ -271,10 +272,11 @@ class _Run:
         state = self.draft.step(self.draft.first_state(self.fresh[:, :most]), following, positions, self.draft_cache)
         state = state[torch.arange(batch), fresh - 1].unsqueeze(1)
         position = self.lengths.unsqueeze(-1) - 2
-        proposed, logits, hidden = [], [], []
+        proposed: list[Tensor] = []
+        logits, hidden = [], []
         for k in range(self.k):
             if k:
-                token = proposed[-1] if self.head.vocab is None else self.head.vocab.target_ids[proposed[-1]]
+                token = proposed[-1] if self.vocab is None else self.vocab.target_ids[proposed[-1]]
                 state = self.draft.step(state, token.unsqueeze(-1), position + k, self.draft_cache)
             hidden.append(self.draft.norm_out(state.squeeze(1)))
             logits.append(self.draft.head(hidden[-1]))
@@ -299,7 +301,7 @@ class _Run:
         left, refused = p, (counts < self.k).nonzero().squeeze(-1)
         if len(refused):
             q = logits_q[refused, counts[refused]].softmax(-1)
-            columns = slice(None) if self.head.vocab is None else self.head.vocab.target_ids
+            columns = slice(None) if self.vocab is None else self.vocab.target_ids
             rest = p[refused]
             rest[:, columns] = (rest[:, columns] - q).clamp(min=0)
             # Rounding alone can refuse a token where p = q, and then nothing is left.

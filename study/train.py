@@ -20,8 +20,9 @@ from tqdm import tqdm
 import fused_lk
 
 from . import batches
-from .batches import Batch, Features
+from .batches import Batch
 from .draft import Draft
+from .features import Features
 from .lines import Lines
 from .settings import LOSSES, Settings
 from .stage import replaced

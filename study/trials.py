@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from . import batches, stage, train
-from .batches import Features
 from .decode import Counts, Target, decode
 from .draft import Draft
+from .features import Features
 from .settings import Settings
 from .train import Bench
 

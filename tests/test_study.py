@@ -223,7 +223,8 @@ class Memory:
 
 TINY = replace(
     QUICK, dtype="float32", sequence_length=24, train_tokens=24 * 2 * 12, batch_rows=2, ttt_steps=3,
-    evaluations=3, checkpoints=4, learning_rate=3e-3, draft_tokens=3, decode_tokens=8, decode_prompts=6, decode_batch=3, timed_prompts=1,
+    evaluations=3, checkpoints=4, learning_rate=3e-3, draft_tokens=3, decode_tokens=8, decode_prompts=6,
+    decode_batch=3, timed_prompts=1,
 )  # fmt: skip
 
 
