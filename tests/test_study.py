@@ -193,12 +193,12 @@ def test_sampled_text_is_distributed_as_the_targets(models, temperature):
 
 def test_acceptance_is_what_alpha_predicts(models):
     target, draft, head = models
-    prompts = torch.randint(2, VOCAB, (1500, 6)).tolist()
+    prompts = torch.randint(2, VOCAB, (1500, 6), generator=torch.Generator().manual_seed(0)).tolist()
     _, counts = decode(target, draft, head, prompts, draft_tokens=3, temperature=1.0, max_tokens=12, end=None, seed=0)
     assert counts.reached_at[0] == counts.drafts
     for accepted, predicted, variance in zip(counts.accepted_at, counts.predicted_at, counts.variance_at, strict=True):
         assert variance > 5
-        assert abs(accepted - predicted) < 4 * variance**0.5
+        assert abs(accepted - predicted) < 3 * variance**0.5
 
 
 class Memory:
