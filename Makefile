@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest/.ready
 
-.PHONY: demo test lint bench gate gpu clean
+.PHONY: demo study test lint bench gate gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
+
+study: $(VENV)/.study
+	$(BIN)/python -m study $(ARGS)
 
 # The second run is of what depends on the last bits: in another instruction set, on one thread.
 test: $(READY) $(OLDEST)

@@ -80,7 +80,7 @@ def endless(pieces: Sequence[slice], length: int, batch: int, seed: int) -> Iter
 
 
 def read(features: Features, rows: Sequence[Row], length: int, scores: tuple[np.ndarray, np.ndarray] | None) -> Batch:
-    """The batch of these rows, `length` tokens each; with `scores`, the target's normaliser and argmax of all tokens."""
+    """The batch of these rows, `length` tokens each; `scores` are the target's normaliser and argmax of all tokens."""
 
     def stacked(part, dtype: torch.dtype, padding: float = 0) -> Tensor:
         first = part(rows[0][0])

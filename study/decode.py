@@ -228,9 +228,7 @@ class _Run:
         ids = proposed if self.head.vocab is None else self.head.vocab.target_ids[proposed]
         last = torch.tensor([text[-1] for text in self.text]).unsqueeze(-1)
         steps = torch.arange(self.k + 1)
-        states, features = self.target(
-            torch.cat([last, ids], 1), self.lengths.unsqueeze(-1) - 1 + steps, self.cache
-        )
+        states, features = self.target(torch.cat([last, ids], 1), self.lengths.unsqueeze(-1) - 1 + steps, self.cache)
         self.counts.passes += 1
         logits = states @ self.head.weight.T  # [B, K + 1, V_target]
         if self.temperature > 0:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path whose file takes the place of `path` at the end: a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    yield temporary
-    os.replace(temporary, path)
+from . import stage
 
 
 class Lines:
@@ -29,10 +19,9 @@ class Lines:
         self.lines.append({"step": step, **values})
 
     def flush(self) -> None:
-        with replaced(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        stage.write_lines(self.path, self.lines)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return stage.read_lines(path) if path.exists() else []

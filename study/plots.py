@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .lines import replaced
 from .settings import Settings
+from .stage import replaced
 
 if TYPE_CHECKING:
     from .report import Trained
@@ -91,7 +91,9 @@ def _gradients(figure: Figure, results: list[Trained], settings: Settings) -> No
         norms = [[line["gradient_norm"] for line in log] for log in result.logs]
         steps = [float(i + 1) for i in range(len(norms[0]))]
         _band(axes[0], steps, norms, COLOURS[result.loss], result.name)
-    axes[0].set(title="Gradient norm by loss", xlabel="step", ylabel="norm, before clipping", xscale="log", yscale="log")
+    axes[0].set(
+        title="Gradient norm by loss", xlabel="step", ylabel="norm, before clipping", xscale="log", yscale="log"
+    )
     axes[0].legend()
     first = [mean(log[0]["gradient_norm"] for log in result.logs) for result in results]
     axes[1].barh([result.name for result in results], first, color=[COLOURS[result.loss] for result in results])

@@ -15,7 +15,7 @@ import torch
 
 import fused_lk
 
-from . import lines, plots, trials
+from . import lines, plots, stage, trials
 from .decode import Counts
 from .settings import LOSSES, Settings
 
@@ -133,7 +133,6 @@ def write(settings: Settings, facts: dict[str, Any]) -> Path:
         facts: lines for the provenance, by name: the target, the texts, the time of each stage.
     """
     results, folder = gathered(settings), settings.folder / "report"
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(results, settings, folder)
     seeds = f"{len(settings.seeds)} seed{'s' if len(settings.seeds) > 1 else ''}"
     spread_note = "± is the standard deviation over seeds." if len(settings.seeds) > 1 else "One seed: no spread."
@@ -170,7 +169,7 @@ def write(settings: Settings, facts: dict[str, Any]) -> Path:
         "```json\n" + json.dumps(asdict(settings), default=str, indent=1) + "\n```",
     ]
     page = folder / "report.md"
-    with lines.replaced(page) as temporary:
+    with stage.replaced(page) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n")
     return page
 
@@ -178,9 +177,11 @@ def write(settings: Settings, facts: dict[str, Any]) -> Path:
 def machine() -> dict[str, str]:
     """What the numbers were made with."""
     cpu = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if (
-        cpu.exists()
-    ) else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if (cpu.exists())
+        else []
+    )
     return {
         "fused_lk": fused_lk.__version__,
         "torch": torch.__version__,

@@ -82,6 +82,7 @@ class Settings:
 FULL = Settings("full")
 QUICK = Settings(
     "quick",
+    folder=Path(".study-quick"),
     num_prompts=640,
     num_heldout=48,
     answer_tokens=96,

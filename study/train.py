@@ -22,8 +22,9 @@ import fused_lk
 from . import batches
 from .batches import Batch, Features
 from .draft import Draft
-from .lines import Lines, replaced
+from .lines import Lines
 from .settings import LOSSES, Settings
+from .stage import replaced
 
 BINS = 20  # of the histogram of alpha
 
@@ -80,7 +81,6 @@ def run(bench: Bench, folder: Path) -> None:
 def train(bench: Bench, loss: str, seed: int, folder: Path) -> None:
     """One training, from the start or from its checkpoint."""
     settings, steps = bench.settings, bench.settings.steps
-    folder.mkdir(parents=True, exist_ok=True)
     draft = Draft.of(bench.model, target_ids(bench.head), seed)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     checkpoint, step = folder / "checkpoint.pt", 0
@@ -135,9 +135,7 @@ def target_ids(head: fused_lk.TargetHead) -> Tensor:
     return head.vocab.target_ids
 
 
-def scored(
-    bench: Bench, draft: Draft, batch: Batch, loss: dict[str, Any]
-) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
+def scored(bench: Bench, draft: Draft, batch: Batch, loss: dict[str, Any]) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
     """The loss of a batch, over all steps of test-time training, and which rows it is of."""
     settings = bench.settings
     with torch.autocast("cpu", settings.torch_dtype, enabled=settings.torch_dtype != torch.float32):

@@ -1,11 +1,10 @@
-"""Decode held-out prompts with every draft: a file of counts for each batch of prompts, and timings beside plain decoding.
+"""Decode held-out prompts with every draft: a file of counts for each batch of prompts, and timings.
 
 A unit's file is written at its end, so a kill loses one batch of prompts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import batches, train
+from . import batches, stage, train
 from .batches import Features
 from .decode import Counts, Target, decode
 from .draft import Draft
-from .lines import replaced
 from .settings import Settings
 from .train import Bench
 
@@ -56,16 +54,20 @@ def units(settings: Settings, prompts: Sequence[Sequence[int]], folder: Path) ->
             name = f"{loss or 'plain'}-t{temperature:g}"
             for i, prompt in enumerate(few):
                 path = folder / "timed" / f"{name}-1-{i}.json"
-                made.append(Unit(path, draft, temperature, [prompt], settings.seed + i, False))
+                made.append(Unit(path, draft, temperature, [prompt], stage.seed(settings.seed, temperature, i), False))
             path = folder / "timed" / f"{name}-{settings.decode_batch}-0.json"
-            made.append(Unit(path, draft, temperature, first, settings.seed, False))
+            made.append(Unit(path, draft, temperature, first, stage.seed(settings.seed, temperature), False))
     for seed in settings.seeds:
         for loss in settings.losses:
             for temperature in settings.temperatures:
                 for at in range(0, len(prompts), settings.decode_batch):
                     path = folder / f"{loss}-{seed}" / f"t{temperature:g}-{at}.json"
                     chunk = prompts[at : at + settings.decode_batch]
-                    made.append(Unit(path, f"{loss}-{seed}", temperature, chunk, settings.seed + at, True))
+                    made.append(
+                        Unit(
+                            path, f"{loss}-{seed}", temperature, chunk, stage.seed(settings.seed, temperature, at), True
+                        )
+                    )
     return made
 
 
@@ -93,9 +95,7 @@ def run(bench: Bench, layers: Sequence[int], end: int | None, trained: Path, fol
                 seed=unit.seed,
                 predict=unit.predict,
             )
-            unit.path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(unit.path) as temporary:
-                temporary.write_text(json.dumps({"counts": asdict(counts), "answers": answers}))
+            stage.write_json(unit.path, {"counts": asdict(counts), "answers": answers})
     finally:
         target.close()
 
@@ -105,6 +105,6 @@ def counts_of(folder: Path, pattern: str) -> tuple[Counts, list[list[int]]]:
     files = sorted(folder.glob(pattern))
     if not files:
         raise FileNotFoundError(f"expected files {pattern} in {folder}, got none. Run the stage 'decode' to its end.")
-    read = [json.loads(path.read_text()) for path in files]
+    read = [stage.read_json(path) for path in files]
     counts = [Counts(**unit["counts"]) for unit in read]
     return sum(counts[1:], counts[0]), [answer for unit in read for answer in unit["answers"]]

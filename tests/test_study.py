@@ -1,7 +1,7 @@
 """The study's draft, decoder, training and report, on a tiny random target.
 
-What decoding computes with its caches is what training computed, greedy speculative text is greedy text, sampled text is
-distributed as the target's, and a training that is killed goes on to the same weights.
+What decoding computes with its caches is what training computed, greedy speculative text is greedy text, sampled text
+is distributed as the target's, and a training that is killed goes on to the same weights.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def test_greedy_text_is_the_targets_greedy_text(models, batch):
         logits = target.model(input_ids=torch.tensor([prompt + answer])).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
     assert plain_counts.drafts == plain_counts.output_tokens == sum(map(len, plain))
-    assert 0 < counts.accepted_tokens
+    assert counts.accepted_tokens > 0
     assert counts.drafts < counts.output_tokens
 
 
@@ -196,9 +196,7 @@ def test_acceptance_is_what_alpha_predicts(models):
     prompts = torch.randint(2, VOCAB, (300, 6)).tolist()
     _, counts = decode(target, draft, head, prompts, draft_tokens=3, temperature=1.0, max_tokens=12, end=None, seed=0)
     assert counts.reached_at[0] == counts.drafts
-    for accepted, predicted, variance in zip(
-        counts.accepted_at, counts.predicted_at, counts.variance_at, strict=True
-    ):
+    for accepted, predicted, variance in zip(counts.accepted_at, counts.predicted_at, counts.variance_at, strict=True):
         assert variance > 5
         assert abs(accepted - predicted) < 4 * variance**0.5
 
@@ -224,8 +222,8 @@ class Memory:
 
 
 TINY = replace(
-    QUICK, dtype="float32", sequence_length=24, train_tokens=24 * 2 * 12, batch_rows=2, ttt_steps=3, evaluations=3, checkpoints=4,
-    learning_rate=3e-3, draft_tokens=3, decode_tokens=8, decode_prompts=6, decode_batch=3, timed_prompts=1,
+    QUICK, dtype="float32", sequence_length=24, train_tokens=24 * 2 * 12, batch_rows=2, ttt_steps=3,
+    evaluations=3, checkpoints=4, learning_rate=3e-3, draft_tokens=3, decode_tokens=8, decode_prompts=6, decode_batch=3, timed_prompts=1,
 )  # fmt: skip
 
 
