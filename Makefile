@@ -44,6 +44,10 @@ $(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.tx
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
+$(VENV)/.study: $(READY) requirements/study.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/study.txt
+	touch $(VENV)/.study
+
 # A second Triton, which only its own test sees. Its wheels end at Python 3.13.
 $(OLDEST): $(READY) requirements/oldest.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv-oldest/triton \

@@ -1,4 +1,4 @@
-"""The target answers the prompts: half at temperature 1, half greedily, as a draft meets both where it is deployed.
+"""The target answers the prompts: half at temperature 1, half greedily: a deployed draft meets both.
 
 `folder/answers/train-00000.jsonl` and so on, `heldout-00000.jsonl` and so on, are shards of `answer_shard` prompts. A
 line has `id`, `messages`, `temperature` (null: the answer came with the prompt), `token_ids` and `answers`, the
@@ -11,7 +11,7 @@ Settings: folder, seed, dtype, answer_tokens, answer_batch, answer_shard, regene
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 

@@ -32,7 +32,7 @@ from . import answers, stage, target
 from .batches import Row, packed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Features:
     """The arrays of one folder, memory-mapped."""
 
@@ -90,9 +90,8 @@ def _write(settings: Any, split: str, model: Any) -> None:
     sizes = [min(len(text.token_ids), length) for text in texts]
     token_ids = np.concatenate([np.array(text.token_ids[:length], np.int32) for text in texts])
     mask = np.concatenate([np.array(text.mask[:length], bool) for text in texts])
-    for name, array in (
-        ("token_ids", token_ids), ("mask", mask), ("sequence_ids", np.repeat(np.arange(len(texts), dtype=np.int32), sizes))
-    ):  # fmt: skip
+    sequence_ids = np.repeat(np.arange(len(texts), dtype=np.int32), sizes)
+    for name, array in (("token_ids", token_ids), ("mask", mask), ("sequence_ids", sequence_ids)):
         with stage.replaced(path / f"{name}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, array)
 
@@ -106,7 +105,9 @@ def _write(settings: Any, split: str, model: Any) -> None:
         start = stage.read_json(done)["rows"]
     shapes = {"fused": (len(token_ids), 3 * hidden), "last": (len(token_ids), hidden)}
     arrays = {
-        name: open_memmap(path / f"{name}.npy", **({"mode": "r+"} if start else {"mode": "w+", "dtype": np.uint16, "shape": shape}))
+        name: open_memmap(
+            path / f"{name}.npy", **({"mode": "r+"} if start else {"mode": "w+", "dtype": np.uint16, "shape": shape})
+        )
         for name, shape in shapes.items()
     }
     tokens = sum(piece.stop - piece.start for row in rows[start:] for piece in row)
@@ -183,8 +184,8 @@ def vocabulary(settings: Any) -> Tensor:
         raise ValueError(f"expected 0 < draft_vocab_size <= {size}, got {settings.draft_vocab_size}.")
     counts = np.bincount(np.asarray(train.token_ids)[np.asarray(train.mask)], minlength=size)
     most = np.argsort(-counts, kind="stable")[: settings.draft_vocab_size]  # of equally many, the lower ids
-    t2d = np.zeros(size, bool)
-    t2d[most] = True
+    chosen = np.zeros(size, bool)
+    chosen[most] = True
     with stage.replaced(path) as temporary, temporary.open("wb") as file:
-        np.save(file, t2d)
-    return torch.from_numpy(t2d)
+        np.save(file, chosen)
+    return torch.from_numpy(chosen)

@@ -6,9 +6,10 @@
               as `help()` shows them, and the packages' descriptions), to be summed up, explained, continued
     chat      everyday requests, filled in from lists below: advice, letters, stories, sums, translations, comparisons
 
-Answers to repeated templates would be easy to draft, so the lists are crossed and no text is asked twice. Each prompt has
-a subject (a module, a text's title, a topic), and whole subjects are held out: a draft has met none of those that it is
-judged by. With `data`, a JSONL file of conversations takes the place of all this (`study.conversations` has the formats).
+Answers to repeated templates would be easy to draft, so the lists are crossed and no text is asked twice. Each prompt
+has a subject (a module, a text's title, a topic), and whole subjects are held out: a draft has met none of those that
+it is judged by. With `data`, a JSONL file of conversations takes the place of all this (`study.conversations` has the
+formats).
 
 The standard library differs a little from one Python to the next. `folder/prompts` keeps what a run was made with.
 Settings: folder, seed, num_prompts, num_heldout, prompt_tokens, data.
@@ -58,7 +59,11 @@ def run(settings: Any) -> None:
         return
     tokenizer = target.tokenizer(settings)
     if settings.data is None:
-        kinds: dict[str, Callable[[random.Random], Iterator[Candidate]]] = {"code": code, "passage": passages, "chat": chats}
+        kinds: dict[str, Callable[[random.Random], Iterator[Candidate]]] = {
+            "code": code,
+            "passage": passages,
+            "chat": chats,
+        }
         shares = SHARES
     else:
         kinds, shares = {"data": lambda _: _of_data(settings.data)}, {"data": 1.0}
@@ -143,6 +148,8 @@ def _functions() -> Iterator[tuple[str, str, str, str]]:
             continue
         for node in tree.body:
             inner = node.body if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.ClassDef) and node.name.startswith("_"):
+                continue
             for each, owner in chain([(node, "")], ((child, f"{getattr(node, 'name', '')}.") for child in inner)):
                 if not isinstance(each, ast.FunctionDef) or each.name.startswith("_"):
                     continue
@@ -178,7 +185,7 @@ def _texts() -> Iterator[tuple[str, str]]:
     yield from topics.items()
     for name in PACKAGES:
         try:
-            yield name, metadata.metadata(name).get_payload() or metadata.metadata(name)["Description"] or ""
+            yield name, str(metadata.metadata(name).json.get("description", ""))
         except metadata.PackageNotFoundError:  # that part of the texts is left out
             continue
 
@@ -203,17 +210,18 @@ def _start(text: str) -> str:
 
 TOPICS = (
     "apples", "bees", "black holes", "bread", "bridges", "budgeting", "butterflies", "camping", "candles", "chess",
-    "climate", "clocks", "clouds", "coffee", "compilers", "compost", "coral reefs", "cycling", "dancing", "databases",
-    "deserts", "dinosaurs", "DNA", "dogs", "dreams", "earthquakes", "electric cars", "elephants", "email", "exercise",
-    "fire", "fishing", "forests", "fractions", "friendship", "gardening", "glaciers", "glass", "gold", "gravity",
-    "guitars", "history", "honesty", "horses", "ice cream", "inflation", "insects", "islands", "jazz", "kites",
-    "language", "libraries", "lightning", "magnets", "maps", "mathematics", "meditation", "memory", "money", "mountains",
-    "museums", "music", "neural networks", "newspapers", "oceans", "onions", "opera", "owls", "painting", "paper",
-    "patience", "penguins", "photography", "photosynthesis", "planets", "plastic", "poetry", "prime numbers", "printing",
-    "radio", "railways", "rain", "recycling", "rivers", "robots", "running", "salt", "seasons", "sharks", "ships",
-    "sleep", "snow", "soccer", "solar power", "soup", "spiders", "stars", "steam engines", "submarines", "sugar",
-    "swimming", "tea", "teamwork", "telescopes", "theatre", "tides", "time zones", "tomatoes", "trees", "vaccines",
-    "vitamins", "volcanoes", "water", "weather", "whales", "wheat", "wind", "winter", "wolves", "yoga",
+    "climate", "clocks", "clouds", "coffee", "compilers", "compost", "coral reefs", "cycling", "dancing",
+    "databases", "deserts", "dinosaurs", "DNA", "dogs", "dreams", "earthquakes", "electric cars", "elephants",
+    "email", "exercise", "fire", "fishing", "forests", "fractions", "friendship", "gardening", "glaciers", "glass",
+    "gold", "gravity", "guitars", "history", "honesty", "horses", "ice cream", "inflation", "insects", "islands",
+    "jazz", "kites", "language", "libraries", "lightning", "magnets", "maps", "mathematics", "meditation", "memory",
+    "money", "mountains", "museums", "music", "neural networks", "newspapers", "oceans", "onions", "opera", "owls",
+    "painting", "paper", "patience", "penguins", "photography", "photosynthesis", "planets", "plastic", "poetry",
+    "prime numbers", "printing", "radio", "railways", "rain", "recycling", "rivers", "robots", "running", "salt",
+    "seasons", "sharks", "ships", "sleep", "snow", "soccer", "solar power", "soup", "spiders", "stars",
+    "steam engines", "submarines", "sugar", "swimming", "tea", "teamwork", "telescopes", "theatre", "tides",
+    "time zones", "tomatoes", "trees", "vaccines", "vitamins", "volcanoes", "water", "weather", "whales", "wheat",
+    "wind", "winter", "wolves", "yoga",
 )  # fmt: skip
 TASKS = (
     "apologise to a neighbour for noise", "ask for a day off", "bake a cake", "build a birdhouse", "care for a cactus",
@@ -226,7 +234,18 @@ TASKS = (
     "wash a car", "write a will", "write a short story", "water plants while away", "run a meeting", "return a parcel",
     "complain about a late train", "ask a librarian for help", "recommend a colleague", "welcome a new neighbour",
 )  # fmt: skip
-FORMS = ("poem", "short story", "dialogue", "news report", "letter", "speech", "list of facts", "quiz", "song", "riddle")
+FORMS = (
+    "poem",
+    "short story",
+    "dialogue",
+    "news report",
+    "letter",
+    "speech",
+    "list of facts",
+    "quiz",
+    "song",
+    "riddle",
+)
 READERS = ("a child", "a grandparent", "a student", "an expert", "a tourist", "a busy manager", "a beginner")
 TONES = ("friendly", "formal", "funny", "short", "detailed", "calm", "enthusiastic")
 LANGUAGES = ("French", "German", "Italian", "Portuguese", "Spanish")

@@ -36,7 +36,7 @@ class Settings:
     num_heldout: int = 240  # prompts that no draft is trained on: for the held-out curves and for decoding
     prompt_tokens: int = 96  # at most; longer prompts are cut
     answer_tokens: int = 128  # at most
-    answer_batch: int = 64
+    answer_batch: int = 128
     answer_shard: int = 256  # prompts a file: what a kill loses at most
     feature_batch: int = 8  # rows of `sequence_length` tokens a target pass
     sequence_length: int = 512  # of a packed row

@@ -1,4 +1,4 @@
-"""What lets a stage be killed at any moment: files that appear whole or not at all, and units that have seeds of their own.
+"""What lets a stage be killed at any moment: files that appear whole or not at all, and units with seeds of their own.
 
 A stage is a list of units (a shard of answers, a block of features). A unit's file appears under its name only when it
 is finished, so its being there is the marker: a second run makes the units that have none. What a unit holds depends on
@@ -75,4 +75,6 @@ def same(path: Path, values: dict[str, Any]) -> None:
     changed = {key: (found.get(key), value) for key, value in values.items() if found.get(key) != value}
     if changed:
         told = ", ".join(f"{key} {old!r} there, {new!r} asked" for key, (old, new) in changed.items())
-        raise ValueError(f"expected the settings that {path.parent} was made with, got others: {told}. Use a new folder.")
+        raise ValueError(
+            f"expected the settings that {path.parent} was made with, got others: {told}. Use a new folder."
+        )

