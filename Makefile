@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest/.ready
 
-.PHONY: demo test lint bench gate gpu compat clean
+.PHONY: demo study test lint bench gate gpu compat clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
+
+study: $(VENV)/.study
+	$(BIN)/python -m study $(ARGS)
 
 # The second run is of what depends on the last bits: in another instruction set, on one thread.
 test: $(READY) $(OLDEST)
@@ -45,6 +48,10 @@ $(READY): requirements/dev.txt requirements/peers.txt requirements/peers-deps.tx
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/peers.txt -r requirements/examples.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
+
+$(VENV)/.study: $(READY) requirements/study.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/study.txt
+	touch $(VENV)/.study
 
 # A second Triton, which only its own test sees. Its wheels end at Python 3.13.
 $(OLDEST): $(READY) requirements/oldest.txt

@@ -1,0 +1,1 @@
+"""Does LK training raise acceptance? A real target, trained drafts, real speculative decoding."""
