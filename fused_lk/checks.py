@@ -16,6 +16,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NUMPY = (np.generic, np.ndarray)  # a tuple: unions of types are made anew, which cannot be traced
 MASKS = (torch.bool, *INTEGERS)
+WEIGHTS = ("draft_lm_head_weight", "lm_head_weight", "head", "low_rank[1]")  # arguments that a module's weight may be
 
 
 def describe(value: Any) -> str:
@@ -45,7 +46,7 @@ def tensor(
 ) -> Tensor:
     """`value`, if it is a plain, dense tensor with contents, of the given rank and dtypes."""
     if not isinstance(value, Tensor):
-        fail(f"{name} to be a torch.Tensor", value, instead(value, remedy or "Pass a tensor."), TypeError)
+        fail(f"{name} to be a torch.Tensor", value, instead(name, value, remedy or "Pass a tensor."), TypeError)
     if value.is_nested:
         fail(f"{name} to be a padded tensor", f"a nested one ({value.layout})", "Pad it, and mask the rest.", TypeError)
     if hasattr(value, "full_tensor"):
@@ -62,9 +63,10 @@ def tensor(
         fail(f"{name} not to be quantised", value, f"Pass {name}.dequantize().", TypeError)
     if value.device.type == "meta":
         fail(f"{name} to have contents", value, "A meta tensor has none: materialise it first, as by .to_empty(...).")
-    if dtypes is not None and value.dtype not in tuple(dtypes):
+    if dtypes is not None and value.dtype not in (dtypes := tuple(dtypes)):
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        fail(f"{name} of dtype {names}", value, remedy or f"Convert {name} first.", TypeError)
+        convert = f"Convert it: {name}.to({dtypes[0]})." if len(dtypes) == 1 else f"Convert {name} first."
+        fail(f"{name} of dtype {names}", value, remedy or convert, TypeError)
     if ndim is not None and value.ndim != ndim:
         fail(f"{name} with {ndim} dimension(s)", value, remedy or f"Reshape {name}.")
     if value.ndim < min_ndim:
@@ -82,12 +84,15 @@ def weight_here(value: Any) -> Any:
     return value
 
 
-def instead(value: Any, remedy: str) -> str:
-    """What to pass in the place of a `value` that is no tensor but holds one; `remedy` otherwise."""
-    if isinstance(value, nn.Module) and isinstance(getattr(value, "weight", None), Tensor):
-        return "Pass its weight, as in lm_head.weight (and its bias as bias=)."
-    if isinstance(value, nn.Module):
+def instead(name: str, value: Any, remedy: str) -> str:
+    """What to pass as `name` in the place of a `value` that is no tensor but has or makes one; `remedy` otherwise."""
+    if isinstance(value, nn.Module) and name not in WEIGHTS:
         return "Pass what it returns."
+    if isinstance(value, nn.Module) and not isinstance(getattr(value, "weight", None), Tensor):
+        return f"Pass the weight of its output layer as {name}, as in model.lm_head.weight."
+    if isinstance(value, nn.Module):
+        bias = ", and its bias as bias=" if isinstance(getattr(value, "bias", None), Tensor) else ""
+        return f"Pass its weight as {name}, as in lm_head.weight{bias}."
     if getattr(value, "last_hidden_state", None) is not None:
         return "Pass its .last_hidden_state."
     return remedy

@@ -7,10 +7,11 @@ from types import ModuleType
 
 import torch
 
-from . import checks
+from . import checkout, checks
 from .rows import plain
 
 IMPLS = ("auto", "triton", "torch", "reference")
+checkout.find_kernels()
 
 
 @functools.cache
@@ -21,7 +22,7 @@ def row_ops(impl: str, device: torch.device) -> ModuleType:
     them is the target's pass, in PyTorch.)
 
     Raises:
-        ValueError: an unknown name; "triton" where Triton is not installed, or cannot run on `device`.
+        ValueError: an unknown name; "triton" where Triton or the kernels are not installed, or cannot run on `device`.
     """
     checks.choice("impl", impl, IMPLS)
     if impl == "auto":
@@ -32,7 +33,13 @@ def row_ops(impl: str, device: torch.device) -> ModuleType:
         checks.fail(
             'impl="triton" with Triton installed', "no module named triton", 'Install triton, or use impl="torch".'
         )
-    from .kernels import launch
+    try:
+        from .kernels import launch
+    except ModuleNotFoundError as error:
+        if error.name != "fused_lk.kernels":
+            raise
+        remedy = "A copy of the folder fused_lk has none. Install the repository: `pip install -e .` in its root."
+        checks.fail('impl="triton" with the module fused_lk.kernels', "a package without it", remedy)
 
     launch.check_device(device)
     return launch

@@ -29,6 +29,19 @@ OBJECTS = [
     ("target_size: float", lambda g: DraftVocab.from_d2t(g.d2t, 12.0), TypeError, "target_size to be a positive int"),
     ("target_size", lambda g: DraftVocab.from_d2t(g.d2t, 0), ValueError, "target_size to be a positive int"),
     ("head: module", lambda g: TargetHead(torch.nn.Linear(2, 3)), TypeError, r"a Linear\. .*lm_head\.weight"),
+    (
+        "head: module's bias",
+        lambda g: TargetHead(torch.nn.Linear(2, 3)),
+        TypeError,
+        r"lm_head\.weight, and its bias as bias=\.$",
+    ),
+    (
+        "head: no bias",
+        lambda g: TargetHead(torch.nn.Linear(2, 3, False)),
+        TypeError,
+        r"as in lm_head\.weight\.$",
+    ),
+    ("head: model", lambda g: TargetHead(torch.nn.Sequential()), TypeError, r"model\.lm_head\.weight"),
     ("head: meta", lambda g: TargetHead(meta(3, 2)), ValueError, "lm_head_weight to have contents"),
     ("head: no tokens", lambda g: TargetHead(g.target_weight[:0]), ValueError, "vocabulary of at least 1"),
     ("head: no width", lambda g: TargetHead(g.target_weight[:, :0]), ValueError, "hidden size of at least 1"),
@@ -37,10 +50,13 @@ OBJECTS = [
     ("head: t2d", lambda g: TargetHead(g.target_weight, g.t2d), TypeError, "vocab to be a DraftVocab"),
     ("head: vocabulary", lambda g: TargetHead(g.target_weight[1:], g.vocab), ValueError, "over 11 target tokens"),
     ("head: bias shape", lambda g: TargetHead(g.target_weight, g.vocab, g.bias), ValueError, r"bias of shape \(12,\)"),
-    ("head: bias dtype", lambda g: TargetHead(g.target_weight, bias=g.target_bias.half()), TypeError, "bias of dtype"),
+    ("head: bias dtype", lambda g: TargetHead(g.target_weight, bias=g.target_bias.half()), TypeError, r"bias\.to\("),
     ("head: bias device", lambda g: TargetHead(g.target_weight, bias=elsewhere(V_TARGET)), ValueError, "bias on cpu"),
     ("hidden: no head", lambda g: Target.from_hidden(g.states, None), TypeError, "head to be a TargetHead"),
     ("hidden: a module", lambda g: Target.from_hidden(g.states, torch.nn.Linear(3, 9)), TypeError, r"lm_head\.weight"),
+    ("hidden: a model", lambda g: Target.from_hidden(g.states, torch.nn.ReLU()), TypeError, r"model\.lm_head\.weight"),
+    ("hidden: from disk", lambda g: half(g), TypeError, r"hidden\.to\(lm_head_weight\.dtype\)"),
+    ("hidden: head from disk", lambda g: half(g), TypeError, r"lm_head_weight\.to\(hidden\.dtype\)"),
     ("hidden: cache", lambda g: from_hidden(g, cache="no"), TypeError, "cache to be True or False"),
     ("hidden: far ids", lambda g: from_hidden(g, token_ids=g.rows + 7), ValueError, r"token_ids in \[-1, 12\)"),
     ("hidden: low ids", lambda g: from_hidden(g, token_ids=g.rows - 1), ValueError, r"token_ids in \[-1, 12\)"),
@@ -193,6 +209,10 @@ OBJECTS = [
     ("module: dtype", lambda g: fused_lk.LKLoss(logits_dtype="half"), ValueError, "logits_dtype to be"),
     ("module: pairs beside", lambda g: loss(g, pairs=Pairs(), mask=g.mask), ValueError, "mask or pairs, not both"),
 ]
+
+
+def half(given):
+    return Target.from_hidden(given.states.bfloat16(), given.target_weight)
 
 
 def loss(given, mask=None, pairs=None, **stored):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_lk
 
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     *("integrations", "__init__", "modules", "losses", "evaluate", "by_reference", "explain", "reduction", "output"),
     *("graph", "walk", "targets", "pairs", "objective", "impls", "kernels", "rows"),
-    *("positions", "opaque", "gemm", "ranks", "checks", "reference"),
+    *("positions", "opaque", "gemm", "ranks", "checks", "reference", "checkout"),
 )
 
 
@@ -184,6 +186,42 @@ def test_the_wheel(tmp_path):
     installed = {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, env=installed, cwd=tmp_path)
     assert done.stdout.count(str(tmp_path)) == 2, done.stdout + done.stderr
+
+
+CHECKOUT = """
+import torch, fused_lk
+assert not any(x.startswith("fused_lk.kernels") for x in __import__("sys").modules)
+hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+target = fused_lk.Target.from_logits(torch.randn(3, 7))
+fused_lk.lk_loss(hidden, weight, target, impl="torch").loss.backward()
+try:
+    fused_lk.lk_loss(hidden, weight, target, impl="triton").loss.backward()
+    from fused_lk.kernels import row_grad
+    print(row_grad.__file__)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "folders"),
+    [([], ("fused_lk", "kernels")), (["-S"], ("fused_lk", "kernels")), (["-S"], ("fused_lk",))],
+    ids=["installed elsewhere", "not installed", "without its kernels"],
+)
+def test_a_checkout_on_the_path(options, folders, tmp_path):
+    """It finds its own kernels, or says what is missing. -S hides editable installations."""
+    for name in folders:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+    packages = {str(Path(module.__file__).parents[1]) for module in (pytest, torch)}
+    path = os.pathsep.join([str(tmp_path), *packages])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, *options, "-c", CHECKOUT]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    if "kernels" in folders:
+        assert done.stdout.strip() == str(tmp_path / "kernels" / "row_grad.py")
+    else:
+        assert re.match(r"expected .*fused_lk\.kernels.*; got .*\. .*pip install", done.stdout)
 
 
 def test_public_names():

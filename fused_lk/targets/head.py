@@ -81,7 +81,7 @@ def as_head(
     if isinstance(head, (Tensor, QuantizedWeight)):
         return TargetHead(head, vocab, bias, logit_scale=logit_scale, softcap=softcap)
     if not isinstance(head, TargetHead):
-        remedy = checks.instead(head, "Build TargetHead(weight, vocab).")
+        remedy = checks.instead("head", head, "Build TargetHead(weight, vocab).")
         checks.fail("head to be a TargetHead or a weight tensor", head, remedy, TypeError)
     if not (vocab is None and bias is None and logit_scale == 1.0 and softcap is None):
         expected = "vocab, bias, logit_scale and softcap inside the TargetHead"

@@ -63,7 +63,8 @@ def of_hidden(
     checks.is_constant("hidden", hidden)
     checks.same_device(head.weight.device, hidden=hidden)
     head, hidden = head.in_compute_dtype(hidden), hidden.to(gemm.compute_dtype(hidden))
-    checks.tensor("hidden", hidden, dtypes=[head.weight.dtype])
+    remedy = "Pass hidden.to(lm_head_weight.dtype) or a head of lm_head_weight.to(hidden.dtype), or use torch.autocast."
+    checks.tensor("hidden", hidden, dtypes=[head.weight.dtype], remedy=remedy)
     if hidden.shape[-1] != head.weight.shape[1]:
         checks.fail(
             f"hidden with last dimension {head.weight.shape[1]}, the hidden size of the target head",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,12 @@ def linear(
     for name, x in zip(names, tensors[len(sources) :], strict=True):
         if x.dtype != tensors[0].dtype:
             expected = f"{name} of draft_hidden's dtype, {str(tensors[0].dtype).removeprefix('torch.')}"
-            checks.fail(expected, x, "Convert one of them, or run under torch.autocast.", TypeError)
+            first, convert = "draft_hidden", f"draft_hidden.to({name}.dtype)"
+            if not isinstance(hidden, Tensor):
+                first, convert = "draft_hidden[0]", f"[h.to({name}.dtype) for h in draft_hidden]"
+            convert = f"{convert} or " if name == "draft_lm_head_weight" else ""
+            remedy = f"Pass {convert}{name}.to({first}.dtype), or run under torch.autocast."
+            checks.fail(expected, x, remedy, TypeError)
     wide = checks.wide_logits(logits_dtype)
     return _checked(tuple(tensors), len(sources), True, wide, shape, weight.shape[0], target, *how, scores=scores)
 
@@ -179,7 +185,13 @@ def _checked(
         checks.fail("mask or pairs, not both", "both", "Pass the mask to Pairs(mask, ...).")
     elif pairs.shape is not None and pairs.shape != shape:
         expected = f"pairs of the draft's shape without its last dimension, {shape}"
-        checks.fail(expected, f"pairs of shape {pairs.shape}", "Build the pairs from tensors of that shape.")
+        remedy = (
+            "Build the pairs from tensors of that shape. Those of Pairs.ttt are [K, B, S], as of a list of K steps."
+        )
+        if math.prod(pairs.shape) == math.prod(shape):
+            name = "draft_hidden" if is_linear else "draft_logits"
+            remedy = f"Where the draft's rows are in the order of the pairs, pass {name}.view{(*pairs.shape, -1)}."
+        checks.fail(expected, f"pairs of shape {pairs.shape}", remedy)
     elif pairs.device is not None and pairs.device != device:
         checks.fail(f"pairs on {device}, where the draft is", f"pairs on {pairs.device}", "Build them there.")
     grad = torch.is_grad_enabled()
@@ -231,7 +243,12 @@ def check_target_rows(pairs: Pairs, num_rows: int, num_targets: int, computed: A
     """
     if not pairs.names_targets and num_rows != num_targets:
         expected = f"as many target rows as draft rows ({num_rows}) without target_rows"
-        remedy = "Pass Pairs(target_rows=...): for each draft row, the row of the flattened target."
+        steps = num_rows // num_targets if num_targets and num_rows % num_targets == 0 else "K"
+        remedy = (
+            f"Pass pairs=, which says which rows meet: Pairs.ttt(loss_mask, steps={steps}) for a list of TTT steps, "
+            "Pairs.blocks(anchors, block_size, loss_mask) for blocks, "
+            "or Pairs(target_rows=...): for each draft row, the row of the flattened target."
+        )
         checks.fail(expected, f"{num_targets} target rows", remedy)
     if torch.compiler.is_compiling() or (computed is None and not pairs.names_targets):
         return
@@ -296,7 +313,7 @@ def _sources(name: str, given: Tensor | Sequence[Tensor]) -> tuple[tuple[Tensor,
         checks.tensor(name, given, min_ndim=1, dtypes=checks.FLOATS)
         return (given,), tuple(given.shape[:-1])
     if not isinstance(given, (list, tuple)) or not given:
-        remedy = checks.instead(given, "Pass one tensor per TTT step.")
+        remedy = checks.instead(name, given, "Pass one tensor per TTT step.")
         checks.fail(f"{name} to be a tensor or a non-empty list of tensors", given, remedy, TypeError)
     for k, x in enumerate(given):
         checks.tensor(f"{name}[{k}]", x, min_ndim=1, dtypes=[given[0].dtype] if k else checks.FLOATS)
