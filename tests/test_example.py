@@ -15,7 +15,6 @@ from allocations import Allocations
 import fused_lk
 from fused_lk.rows import plain
 
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 

@@ -12,13 +12,13 @@ import test_specforge as eagle3
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
-from bench.accounting import Accounting
 from test_specforge import SMALL, assert_gradients_agree
 from torch import nn
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 from transformers import LlamaConfig, Qwen3Config
 
+from bench.accounting import Accounting
 from fused_lk.integrations import specforge
 from fused_lk.integrations.specforge.rows import Rows
 from fused_lk.rows import plain
