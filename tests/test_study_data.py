@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -427,9 +428,25 @@ KILLS = {
 }
 
 
+def forked(call):
+    """The wait status of a child that makes this call; it ends with 1 after an error, which it prints."""
+    child = os.fork()
+    if not child:
+        try:
+            call()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
 def killed_and_resumed(folder, source):
-    """Each stage in a process of its own that kills itself, then again to its end. (It runs in a fresh process, as
-    forking one that has threads is asking for trouble.)"""
+    """Each stage in a child that kills itself, then in one that runs to its end.
+
+    This is to be called in a fresh process, which itself computes nothing: loading a model starts threads, and PyTorch
+    refuses to compute in a child that was forked after that.
+    """
     torch.set_num_threads(1)
     settings = settings_of(folder, source / "data.jsonl")
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
@@ -447,23 +464,22 @@ def killed_and_resumed(folder, source):
         transformers.PreTrainedTokenizerFast.from_pretrained(where)
     )
     for name, (module, owner, function, number) in KILLS.items():
-        child = os.fork()
-        if not child:
+
+        def run_and_die(module=module, owner=owner, function=function, number=number):
             original, calls = getattr(owner, function), iter(range(1, number + 1))
 
-            def dies(*arguments, original=original, calls=calls, number=number, **options):
+            def dies(*arguments, **options):
                 if next(calls) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*arguments, **options)
 
             setattr(owner, function, dies)
             module.run(settings)
-            os._exit(0)  # it was not reached
-        _, status = os.waitpid(child, 0)
+
+        status = forked(run_and_die)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
         if name != "features":  # whose next kill goes on from this one
-            module.run(settings)
-    features.run(settings)
+            assert forked(lambda module=module: module.run(settings)) == 0, name
 
 
 def test_every_stage_goes_on_after_kill_9(made, tmp_path):
