@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,9 +267,14 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(model):
 
 
 def test_answers_end_at_the_end_token(model):
-    made = answers.answer(model, PROMPTS, [1.0] * len(PROMPTS), most=40, end=(end := 17), batch=4, seed=0)
-    assert all(end not in answer[:-1] for answer in made)
-    assert all(len(answer) == 40 or answer[-1] == end for answer in made)
+    def made(end):
+        return answers.answer(model, PROMPTS, [1.0] * len(PROMPTS), most=40, end=end, batch=4, seed=0)
+
+    endless = made(-1)
+    assert all(len(answer) == 40 for answer in endless)
+    end = endless[2][10]
+    ended = made(end)
+    assert ended == [answer[: answer.index(end) + 1] if end in answer else answer for answer in endless]
 
 
 def chi_square(counts, expected):
@@ -300,7 +306,7 @@ def test_the_token_that_a_number_picks(size):
     """The first whose cumulative probability exceeds it; never one without probability, however close to 1 it is."""
     logits = torch.randn(40, size, generator=torch.Generator().manual_seed(size)) * 3
     logits[:, -(size // 3) or size :] = -torch.inf
-    logits[0] = 0.0
+    logits[0, : size // 2] = -torch.inf  # and its number is 0: blocks without probability come first
     luck = torch.linspace(0, 1, 40, dtype=torch.double)
     luck[-1] = np.nextafter(1, 0)
     warm = answers.pick(logits, torch.full((40,), 0.8), luck)
@@ -326,6 +332,18 @@ def test_answers_are_kept_with_their_tokens(made, tokenizer):
             assert stop == len(row["token_ids"]) and 1 <= stop - start <= 9
             said = tokenizer.decode(row["token_ids"][start:], skip_special_tokens=True)
             assert row["messages"] == [*each.messages, {"role": "assistant", "content": said}]
+
+
+def test_a_shard_that_is_there_is_not_made_again(made, tmp_path):
+    for name in ("target", "prompts"):
+        (tmp_path / name).symlink_to(made.folder / name)
+    shutil.copytree(made.folder / "answers", tmp_path / "answers")
+    kept, lost = (tmp_path / "answers" / f"train-0000{i}.jsonl" for i in range(2))
+    kept.write_text("as it was")
+    lost.unlink()
+    answers.run(replace(made, folder=tmp_path))
+    assert kept.read_text() == "as it was"
+    assert lost.read_bytes() == (made.folder / "answers" / lost.name).read_bytes()
 
 
 def test_answers_that_came_with_the_prompts(made, tokenizer, tmp_path):
@@ -423,7 +441,7 @@ KILLS = {
     "target": (target, stage, "write_json", 1),
     "prompts": (prompts, stage, "write_lines", 2),
     "answers": (answers, answers, "pick", 25),
-    "features": (features, stage, "write_json", 2),
+    "features": (features, features, "states", 3),
     "vocabulary": (features, np, "argsort", 1),
 }
 
