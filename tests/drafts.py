@@ -61,6 +61,8 @@ def make(kind: str, train_head: bool = True, scale: float = 0.5, dtype: torch.dt
         torch.nn.init.normal_(getattr(model, name).weight, std=scale)
         getattr(model, name).weight.data[:4] *= 2  # favourites, so that some predictions are right
     for name, x in model.named_parameters():
+        if x.ndim == 2 and name.startswith(("layers", "mtp_layers", "fc.")):
+            x.data.mul_(10)  # or all rows of a block would predict one token
         if any(part in name for part in ("markov", "refiner", "selector", "codebook", "conv")):
             x.data.add_(0.3 * torch.randn_like(x))
     if model.d2t is not None:
