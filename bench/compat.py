@@ -259,6 +259,11 @@ def page(lines: Sequence[dict[str, str]]) -> str:
         rows.append([*versions, *cells, line["seconds"] or "-", line["commit"]])
     header = ["Python", "torch", "Triton", "NumPy", "transformers", *GROUPS, "s", "commit"]
     notes = [f"- torch {x['torch']}, Python {x['python']}: {reasons[x['environment']]} {x['remarks']}" for x in lines]
+    measured = {line["environment"] for line in lines}
+    missing = [e for e in environments() if e.name not in measured]
+    notes += [
+        f"- torch {e.pins['torch']}, Python {'.'.join(map(str, e.python))}: {e.reason} Not run yet." for e in missing
+    ]
     cpus = ", ".join(dict.fromkeys(line["cpu"] for line in lines))
     return "\n".join([INTRODUCTION.format(cpus=cpus), markdown(header, rows), "", *(x.strip() for x in notes), ""])
 
