@@ -7,7 +7,7 @@ OLDEST := .venv-oldest/.ready
 
 .PHONY: demo study test lint bench gate gpu compat clean
 
-demo: $(READY)
+demo: $(VENV)/.study
 	$(BIN)/python -m demo $(ARGS)
 
 study: $(VENV)/.study

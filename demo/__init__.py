@@ -1,1 +1,3 @@
-"""The main job on real input: `python -m demo` trains a target, then drafts for it, and decodes with them."""
+"""The short way into the study: `python -m demo`."""
+
+import study  # noqa: F401  # before torch, because it says how its threads wait

@@ -1,7 +1,7 @@
-"""Train a small target on Python's standard library, then drafts for it, once per objective; measure, and decode.
+"""A real model, two small drafts trained for some minutes, and text by speculative decoding, shown as it is accepted.
 
-python -m demo                                    # minutes on two cores; a GPU is used if there is one
-python -m demo --objectives kl lambda alpha tv
+python -m demo                                    # minutes on two cores; a second run goes on where the first ended
+python -m demo --temperature 1 --prompt "Why do bees dance?"
 """
 
 from __future__ import annotations
@@ -15,104 +15,108 @@ from pathlib import Path
 import torch
 
 import fused_lk
+from study import conversations, plots, report, target, train
+from study.__main__ import STAGES, bench
+from study.conversations import Conversation
+from study.decode import Counts, Target, decode
+from study.settings import LOSSES, Settings, changed, fast_dtype
 
-from . import corpus, cost, report
-from .corpus import Corpus
-from .decode import Decoding, decode
-from .models import Size, Target, num_parameters
-from .train import Run, Scorer, Settings, bar, train_drafts, train_target
+from .show import Show
+
+DEMO = Settings(
+    "demo",
+    folder=Path(".study-demo"),
+    num_prompts=128,
+    num_heldout=16,
+    answer_tokens=64,
+    answer_shard=64,
+    draft_vocab_size=4096,
+    losses=("kl", "lambda"),
+    seeds=(0,),
+    train_tokens=50_000,
+    evaluations=4,
+    checkpoints=4,
+    decode_prompts=16,
+    decode_tokens=48,
+    decode_batch=16,
+    timed_prompts=1,
+)
+PROMPTS = (
+    "Write a Python function that returns the longest word of a sentence.",
+    "Write a short letter that thanks a neighbour for watering the plants.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = _parser().parse_args(arguments)
-    size = Size(draft_vocab=given.draft_vocab)
-    settings = replace(
-        Settings(),
-        target_steps=given.target_steps,
-        draft_steps=given.draft_steps,
-        held_out=given.held_out,
-        length=given.length,
-        seed=given.seed,
-    )  # fmt: skip
-    device = torch.device(given.device)
-    start = time.perf_counter()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"fused_lk {fused_lk.__version__} on {where}, torch {torch.__version__}, float32")
-
-    text = corpus.load(given.vocab, given.max_bytes)
-    print(
-        f"text    {text.num_files} files, {text.num_bytes / 1e6:.1f} MB of Python's standard library: "
-        f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out, BPE of {given.vocab:,}"
-    )
-    target, target_losses = train_target(text, size, settings, device)
-    runs, scorer = train_drafts(text, target, given.objectives, size, settings)
-    _describe(target, runs, scorer, text)
-    decodings = _decode(target, runs, scorer, text, settings, given.rounds)
-    windows = text.held_out_windows(16, settings.length).to(device)
-    costs = cost.of_losses(runs, scorer, windows, settings)
-
-    n = runs[0].final.num_tokens
-    print(
-        report.held_out_table(runs, f"Held-out text, {n:,} tokens a position (± standard error over windows; one seed)")
-    )
-    rounds = decodings[0].rounds
-    print(
-        report.decoding_table(
-            runs, decodings, f"Speculative sampling, {rounds:,} rounds: predicted by alpha, and accepted (± s.e.)"
-        )
-    )
-    what = "allocated memory" if device.type == "cuda" else "live tensors"
-    print(
-        report.cost_table(
-            costs,
-            f"The loss of {scorer.steps} x {windows.numel():,} rows with its gradients and its target "
-            f"(peak of {what}; workspace {settings.workspace_mb:g} MiB)",
-        )
-    )
-    report.picture(given.out / "training.png", runs, target_losses, decodings)
-    print(f"\ncurves  {given.out / 'training.png'}")
-    print(f"time    {time.perf_counter() - start:.0f} s in all, {time.process_time():.0f} s of processor time")
-
-
-def _parser() -> argparse.ArgumentParser:
-    defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--objectives", nargs="+", choices=["kl", "lambda", "alpha", "tv"], default=["kl", "lambda"])
-    parser.add_argument("--target-steps", type=int, default=defaults.target_steps)
-    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps)
-    parser.add_argument("--length", type=int, default=defaults.length, help="of a window, in tokens")
-    parser.add_argument("--held-out", type=int, default=defaults.held_out, help="windows of held-out text to score")
-    parser.add_argument("--rounds", type=int, default=16, help="of speculative sampling, per prompt")
-    parser.add_argument("--vocab", type=int, default=2048, help="of the target")
-    parser.add_argument("--draft-vocab", type=int, default=Size().draft_vocab)
-    parser.add_argument("--max-bytes", type=int, help="of text to read; default: all")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    return parser
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, metavar="TEXT", help="what the model is asked")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the shown text")
+    parser.add_argument("--tokens", type=int, default=64, help="of a shown answer, at most")
+    parser.add_argument("--folder", type=Path, default=DEMO.folder, help="what is found there is not made again")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any of study/settings.py")
+    given = parser.parse_args(arguments)
+    try:
+        settings = changed(replace(DEMO, folder=given.folder, dtype=fast_dtype("cpu")), given.set)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(given.threads)
+    start = time.perf_counter()
+    print(f"fused_lk {fused_lk.__version__}, torch {torch.__version__}, {given.threads} threads, {settings.dtype}")
+    for name in ("target", "prompts", "answers", "features", "train"):
+        STAGES[name](settings)
+    show(settings, given.prompt, given.temperature, given.tokens)
+    STAGES["decode"](settings)
+    results = report.gathered(settings)
+    print("\n" + table(results, settings))
+    for title, path in plots.draw(results, settings, settings.folder / "report").items():
+        print(f"{title}: {path}")
+    print(f"\n{time.perf_counter() - start:.0f} s. `make study ARGS=--quick` is the half hour, `make study` the night.")
 
 
-def _describe(target: Target, runs: list[Run], scorer: Scorer, text: Corpus) -> None:
-    draft, vocab = runs[0].draft, scorer.head.vocab
-    own = sum(p.numel() for p in draft.trainable())
-    coverage = float(vocab.t2d.cpu()[text.held_out].float().mean())
-    print(
-        f"target  {num_parameters(target):,} parameters\n"
-        f"draft   {own:,} parameters of its own, {scorer.steps} tokens at a time from {vocab.draft_size:,} of "
-        f"{vocab.target_size:,}, which cover {coverage:.1%} of the held-out text"
-    )
+def show(settings: Settings, prompts: Sequence[str], temperature: float, tokens: int) -> None:
+    """Each prompt's answer by plain decoding and with each draft."""
+    shared, tokenizer = bench(settings)
+    model = Target(shared.model, target.layers(shared.model.config))
+    drafts = {
+        loss: train.load(shared, settings.folder / "train" / f"{loss}-{settings.seeds[0]}") for loss in settings.losses
+    }
+    try:
+        for number, prompt in enumerate(prompts):
+            asked = Conversation(f"shown {number}", ({"role": "user", "content": prompt},))
+            print(f"\n> {prompt}")
+            for loss, draft in {None: None, **drafts}.items():
+                print(f"\n--- {'plain decoding' if loss is None else 'draft trained with ' + LOSSES[loss][0]}")
+                _, counts = decode(
+                    model, draft, shared.head, [conversations.prompt(asked, tokenizer)],
+                    draft_tokens=settings.ttt_steps, temperature=temperature, max_tokens=tokens,
+                    end=target.end_token(tokenizer), seed=settings.seed, predict=False, watch=Show(tokenizer),
+                )  # fmt: skip
+                print(f"\n    {told(counts)}")
+    finally:
+        model.close()
 
 
-def _decode(
-    target: Target, runs: list[Run], scorer: Scorer, text: Corpus, settings: Settings, rounds: int
-) -> list[Decoding]:
-    prompts = text.held_out_windows(settings.held_out // 4, settings.length)[:, : settings.length // 4]
-    prompts = prompts.to(scorer.device)
-    with bar(rounds * len(runs), "decode", "pass") as progress:
-        return [
-            decode(target, run.draft, scorer.head, prompts, scorer.steps, rounds, settings.seed, progress)
-            for run in runs
-        ]
+def told(counts: Counts) -> str:
+    """The counts of one answer, in words."""
+    made = f"{counts.output_tokens} tokens in {counts.passes} passes of the target"
+    accepted = f", {counts.accepted_tokens} accepted from the draft" if counts.draft_length else ""
+    return f"{made}{accepted}; {counts.tokens_per_second:.1f} tokens/s"
+
+
+def table(results: Sequence[report.Trained], settings: Settings) -> str:
+    """What decoding and the held-out texts say of each draft, losses side by side."""
+    rows = []
+    for temperature in settings.temperatures:
+        decoded = [result.decoded[temperature][0] for result in results]
+        title = f"temperature {temperature:g}"
+        rows.append([f"mean acceptance length, {title}", *(f"{x.acceptance_length:.3f}" for x in decoded)])
+        for k in range(settings.ttt_steps):
+            rows.append([f"acceptance at token {k}, {title}", *(f"{x.rates[k]:.3f}" for x in decoded)])
+    for name, metric in (("alpha", "acceptance_rate_0"), ("accuracy", "accuracy_0"), ("KL", "kl_0")):
+        rows.append([f"held-out {name}, token 0", *(f"{result.final(metric)[0]:.3f}" for result in results)])
+    header = [f"{settings.decode_prompts} prompts, {settings.draft_tokens} tokens a draft", *(r.name for r in results)]
+    return report.table(header, rows)
 
 
 if __name__ == "__main__":

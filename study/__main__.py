@@ -3,6 +3,7 @@
 python -m study --quick          # every stage in half an hour on two cores, two losses
 python -m study                  # a night: six losses, three seeds
 python -m study --only report    # some of the stages
+python -m study --data chats.jsonl --set num_prompts=2000 train_tokens=400000 seeds=0,1
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import fused_lk
 
 from . import answers, features, prompts, report, stage, target, train, trials
-from .settings import FULL, LOSSES, QUICK, Settings
+from .settings import FULL, QUICK, Settings, changed, fast_dtype
 
 
 def bench(settings: Settings) -> tuple[train.Bench, Any]:
@@ -87,12 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=FULL.dtype, help="of the products")
-    parser.add_argument("--losses", nargs="+", choices=LOSSES)
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--data", type=Path, help="JSONL of conversations, in place of the prompts of the study")
+    parser.add_argument("--keep-answers", action="store_true", help="train on the answers of --data as they are")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="any of study/settings.py; lists with commas"
+    )
     given = parser.parse_args(arguments)
-    settings = replace(QUICK if given.quick else FULL, dtype=given.dtype)
-    settings = replace(settings, folder=given.folder or settings.folder, losses=tuple(given.losses or settings.losses))
+    if given.keep_answers and given.data is None:
+        parser.error("--keep-answers needs --data: the prompts of the study have no answers")
+    settings = replace(QUICK if given.quick else FULL, dtype=fast_dtype(given.device), data=given.data)
+    settings = replace(
+        settings, folder=given.folder or settings.folder, regenerate=not given.keep_answers, device=given.device
+    )
+    try:
+        settings = changed(settings, given.set)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(given.threads)
+    if settings.device != "cpu":  # where it would only slow down every call
+        torch.set_default_device(settings.device)
     for name in (name for name in STAGES if name in given.only):
         start = time.perf_counter()
         try:

@@ -5,7 +5,7 @@ line has `id`, `messages`, `temperature` (null: the answer came with the prompt)
 `[from, to]` of the tokens that are answers. Tokens are kept beside the text, for what was sampled need not be what the
 tokenizer makes of its text.
 
-Settings: folder, seed, dtype, answer_tokens, answer_batch, answer_shard, regenerate.
+Settings: folder, seed, dtype, device, answer_tokens, answer_batch, answer_shard, regenerate.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def answer(
         batch: prompts at a time. Where an eighth of them are answered, others take their rows.
         seed: each prompt gets random numbers of its own, so they do not depend on which rows it shares a pass with.
     """
-    luck = torch.rand(len(read), most, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on any device
+    luck = torch.rand(len(read), most, dtype=torch.double, generator=generator, device="cpu").to(model.device)
     with torch.inference_mode():
         work = _Work(model, [list(prompt) for prompt in read], torch.tensor(temperatures), luck, most, end, batch)
         while work.rows:

@@ -32,6 +32,9 @@ class Batch:
     normalizer: Tensor | None = None  # [B, S], where the target's are known
     argmax: Tensor | None = None
 
+    def to(self, device: str) -> Batch:
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
+
 
 def sequences(features: Features, most: int) -> list[slice]:
     """Where each sequence lies. Those longer than `most` are cut there."""
@@ -76,7 +79,7 @@ def read(features: Features, rows: Sequence[Row], length: int, scores: tuple[np.
 
     def stacked(part, dtype: torch.dtype, padding: float = 0) -> Tensor:
         first = part(rows[0][0])
-        out = torch.full((len(rows), length, *first.shape[1:]), padding, dtype=dtype)
+        out = torch.full((len(rows), length, *first.shape[1:]), padding, dtype=dtype, device="cpu")
         for row, pieces in zip(out, rows, strict=True):
             at = 0
             for piece in pieces:

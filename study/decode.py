@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,9 @@ import fused_lk
 
 from .cache import Cache
 from .draft import Draft
+
+# Called with the prompt's number, the tokens that a round adds to its answer, and how many of the first the draft made.
+Watch = Callable[[int, list[int], int], None]
 
 
 @dataclass
@@ -139,6 +142,7 @@ def decode(
     end: int | None,
     seed: int,
     predict: bool = True,
+    watch: Watch | None = None,
 ) -> tuple[list[list[int]], Counts]:
     """The answers to `prompts` (of two tokens or more), as one batch, and the counts.
 
@@ -151,8 +155,10 @@ def decode(
         end: the token that ends an answer.
         seed: of all sampling.
         predict: count the alphas that `fused_lk` gives for the states that were met, too (at temperatures above 0).
+        watch: is told what each round adds to an answer.
     """
-    return _Run(target, draft, head, draft_tokens, temperature, seed, predict).answers(prompts, max_tokens, end)
+    run = _Run(target, draft, head, draft_tokens, temperature, seed, predict)
+    return run.answers(prompts, max_tokens, end, watch)
 
 
 class _Run:
@@ -170,11 +176,11 @@ class _Run:
         self.head = head
         self.k = 0 if draft is None else draft_tokens
         self.temperature, self.predict = temperature, predict and temperature > 0 and self.k > 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(target.head.device).manual_seed(seed)
         self.counts = Counts(self.k)
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, end: int | None
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, end: int | None, watch: Watch | None
     ) -> tuple[list[list[int]], Counts]:
         start = time.perf_counter()
         self.text = [list(prompt) for prompt in prompts]
@@ -188,6 +194,8 @@ class _Run:
                 used = new[: max_tokens - len(answers[prompt])]
                 used = used[: used.index(end) + 1] if end in used else used
                 answers[prompt] += used
+                if watch is not None:
+                    watch(prompt, used, len(new) - 1)
                 self.counts.output_tokens += len(used)
                 self.counts.dropped_tokens += len(new) - len(used)
                 if len(answers[prompt]) < max_tokens and used[-1] != end:

@@ -23,6 +23,8 @@ from .cache import Cache
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+SMALL = 0.3  # factor of the random weights that a new draft adds to the target's
+
 
 @dataclass(frozen=True)
 class Size:
@@ -76,15 +78,32 @@ class Draft(nn.Module):
     def of(cls, model: Any, target_ids: Tensor, seed: int) -> Draft:
         """A new draft of a transformers model, whose vocabulary is the target's tokens `target_ids`.
 
-        Its head and last norm start as the target's, because the short trainings of this study cannot make a head from
-        nothing. All else is random, by `seed` alone.
+        It starts as the target's last layer, last norm and head, over the high layer's features, because the short
+        trainings of this study cannot make a layer from nothing. (After 60 steps of 512 tokens at a learning rate of
+        1e-3 the held-out KL was 3.90 so, and 4.22 from a random layer.) What reads the token that follows and the other
+        features is random, by `seed` alone, and small.
         """
-        with torch.random.fork_rng(devices=[]):
+        embedding = model.get_input_embeddings().weight
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same numbers on any device
             torch.manual_seed(seed)
-            draft = cls(Size.of(model.config), model.get_input_embeddings().weight, len(target_ids))
+            draft = cls(Size.of(model.config), embedding, len(target_ids))
+        draft.to(embedding.device)
+        hidden, last = draft.size.hidden, model.model.layers[-1]
+        attention, mlp = last.self_attn, last.mlp
         with torch.no_grad():
+            draft.fc.weight.mul_(SMALL)[:, -hidden:] += torch.eye(hidden, device=embedding.device)
+            draft.qkv.weight[:, :hidden] *= SMALL
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            draft.qkv.weight[:, hidden:] = torch.cat([projection.weight for projection in projections])
+            copies = (
+                (draft.out, attention.o_proj), (draft.down, mlp.down_proj),
+                (draft.norm_state, last.input_layernorm), (draft.norm_mlp, last.post_attention_layernorm),
+                (draft.norm_out, model.model.norm),
+            )  # fmt: skip
+            for own, other in copies:
+                own.weight.copy_(other.weight)
+            draft.up.weight.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
             draft.head.weight.copy_(model.get_output_embeddings().weight[target_ids])
-            draft.norm_out.weight.copy_(model.model.norm.weight)
         return draft
 
     def forward(self, features: Tensor, tokens: Tensor, sequence_ids: Tensor, steps: int) -> list[Tensor]:

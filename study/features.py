@@ -12,7 +12,7 @@
 Row i is of the state that has read token i, so it predicts token i + 1. A token takes 8 H bytes.
 
 `folder/vocabulary.npy` is the draft's vocabulary.
-Settings: folder, dtype, sequence_length, feature_batch, draft_vocab_size.
+Settings: folder, dtype, device, sequence_length, feature_batch, draft_vocab_size.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _floats(bits: np.ndarray) -> Tensor:
 
 
 def _bits(floats: Tensor) -> np.ndarray:
-    return floats.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+    return floats.to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy()
 
 
 def open(path: Path) -> Features:

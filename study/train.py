@@ -49,7 +49,8 @@ class Bench:
     heldout: Texts
 
     def batch(self, texts: Texts, rows: list[batches.Row]) -> Batch:
-        return batches.read(texts.features, rows, self.settings.sequence_length, texts.scores)
+        read = batches.read(texts.features, rows, self.settings.sequence_length, texts.scores)
+        return read.to(self.settings.device)
 
 
 def scores_of(features: Features, head: fused_lk.TargetHead, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -61,9 +62,9 @@ def scores_of(features: Features, head: fused_lk.TargetHead, folder: Path) -> tu
         block = 4096
         for start in tqdm(range(0, n, block), desc=f"target's normalisers, {folder.name}", unit="block"):
             at = slice(start, min(start + block, n))
-            target = fused_lk.Target.from_hidden(features.last(at).to(head.weight.dtype), head)
+            target = fused_lk.Target.from_hidden(features.last(at).to(head.weight), head)
             assert target.token_ids is not None
-            found[0][at], found[1][at] = target.log_normalizer.numpy(), target.token_ids.numpy()
+            found[0][at], found[1][at] = target.log_normalizer.cpu().numpy(), target.token_ids.cpu().numpy()
         for path, array in zip(paths, found, strict=True):
             with replaced(path) as temporary, temporary.open("wb") as file:
                 np.save(file, array)
@@ -86,7 +87,7 @@ def train(bench: Bench, loss: str, seed: int, folder: Path) -> None:
     optimizer = torch.optim.AdamW(draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     checkpoint, step = folder / "checkpoint.pt", 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=settings.device)
         step = saved["step"]
         draft.load_state_dict(saved["draft"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -127,7 +128,7 @@ def train(bench: Bench, loss: str, seed: int, folder: Path) -> None:
 def load(bench: Bench, folder: Path) -> Draft:
     """The trained draft of a folder, for decoding, in the target's dtype."""
     draft = Draft.of(bench.model, target_ids(bench.head), 0)
-    draft.load_state_dict(torch.load(folder / "draft.pt", weights_only=True))
+    draft.load_state_dict(torch.load(folder / "draft.pt", weights_only=True, map_location="cpu"))
     return draft.to(bench.settings.torch_dtype).eval().requires_grad_(False)
 
 
@@ -139,7 +140,9 @@ def target_ids(head: fused_lk.TargetHead) -> Tensor:
 def scored(bench: Bench, draft: Draft, batch: Batch, loss: dict[str, Any]) -> tuple[fused_lk.LKOutput, fused_lk.Pairs]:
     """The loss of a batch, over all steps of test-time training, and which rows it is of."""
     settings = bench.settings
-    with torch.autocast("cpu", settings.torch_dtype, enabled=settings.torch_dtype != torch.float32):
+    with torch.autocast(
+        torch.device(settings.device).type, settings.torch_dtype, enabled=settings.torch_dtype != torch.float32
+    ):
         return _scored(settings, bench.head, draft, batch, loss)
 
 
@@ -149,7 +152,7 @@ def _scored(
     hidden = draft(batch.fused, batch.tokens, batch.sequence_ids, settings.ttt_steps)
     pairs = fused_lk.Pairs.ttt(batch.mask, settings.ttt_steps, sequence_ids=batch.sequence_ids)
     target = fused_lk.Target.from_hidden(
-        batch.last.to(head.weight.dtype), head, log_normalizer=batch.normalizer, token_ids=batch.argmax
+        batch.last.to(head.weight), head, log_normalizer=batch.normalizer, token_ids=batch.argmax
     )
     out = fused_lk.lk_loss(
         hidden, draft.head.weight, target, pairs=pairs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,8 @@ transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from study import answers, conversations, features, prompts, stage, target  # noqa: E402
+from study import answers, conversations, features, prompts, stage, target, train  # noqa: E402
+from study.__main__ import STAGES  # noqa: E402
 from study.conversations import Conversation  # noqa: E402
 from study.settings import QUICK  # noqa: E402
 
@@ -76,6 +78,8 @@ def settings_of(folder, data):
     return replace(
         QUICK, folder=folder, dtype="float32", data=data, num_prompts=14, num_heldout=3, prompt_tokens=300,
         answer_tokens=9, answer_batch=4, answer_shard=5, feature_batch=2, sequence_length=120, draft_vocab_size=50,
+        train_tokens=1200, evaluations=2, checkpoints=3, ttt_steps=2, draft_tokens=2, decode_prompts=2,
+        decode_tokens=3, decode_batch=1, timed_prompts=1,
     )  # fmt: skip
 
 
@@ -436,14 +440,20 @@ def test_a_stage_without_the_one_before_says_so(tmp_path):
             call()
 
 
-# Where each stage is killed: in the so many-th call of a function.
-KILLS = {
-    "target": (target, stage, "write_json", 1),
-    "prompts": (prompts, stage, "write_lines", 2),
-    "answers": (answers, answers, "pick", 25),
-    "features": (features, features, "states", 3),
-    "vocabulary": (features, np, "argsort", 1),
-}
+# Where stages are killed: in the so many-th call of a function. One that is killed twice goes on from the first kill.
+KILLS = [
+    ("target", stage, "write_json", 1),
+    ("prompts", stage, "write_lines", 2),
+    ("answers", answers, "pick", 25),
+    ("features", features, "states", 3),
+    ("features", np, "argsort", 1),
+    ("train", train, "scored", 3),
+    ("train", torch, "save", 2),
+    ("train", train, "scored", 6),
+    ("decode", stage, "write_json", 3),
+    ("decode", stage, "write_json", 5),
+    ("report", stage, "replaced", 1),
+]
 
 
 def forked(call):
@@ -481,9 +491,9 @@ def killed_and_resumed(folder, source):
     target.AutoTokenizer.from_pretrained = lambda where, gguf_file=None: (
         transformers.PreTrainedTokenizerFast.from_pretrained(where)
     )
-    for name, (module, owner, function, number) in KILLS.items():
+    for (name, owner, function, number), following in zip(KILLS, [*KILLS[1:], ("",)], strict=True):
 
-        def run_and_die(module=module, owner=owner, function=function, number=number):
+        def run_and_die(name=name, owner=owner, function=function, number=number):
             original, calls = getattr(owner, function), iter(range(1, number + 1))
 
             def dies(*arguments, **options):
@@ -492,12 +502,19 @@ def killed_and_resumed(folder, source):
                 return original(*arguments, **options)
 
             setattr(owner, function, dies)
-            module.run(settings)
+            STAGES[name](settings)
 
         status = forked(run_and_die)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
-        if name != "features":  # whose next kill goes on from this one
-            assert forked(lambda module=module: module.run(settings)) == 0, name
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, function, number, status)
+        if following[0] != name:
+            assert forked(lambda name=name: STAGES[name](settings)) == 0, name
+    # What was not killed.
+    whole = replace(settings, folder=folder / "whole")
+    for part in ("target", "features", "vocabulary.npy"):
+        (whole.folder / part).parent.mkdir(exist_ok=True)
+        (whole.folder / part).symlink_to(folder / part)
+    for name in ("train", "decode"):
+        assert forked(lambda name=name: STAGES[name](whole)) == 0, name
 
 
 def test_every_stage_goes_on_after_kill_9(made, tmp_path):
@@ -505,12 +522,23 @@ def test_every_stage_goes_on_after_kill_9(made, tmp_path):
         f"from tests.test_study_data import *; killed_and_resumed(Path({str(tmp_path)!r}), Path({str(made.folder)!r}))"
     )
     root = Path(__file__).resolve().parent.parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     for folder in ("prompts", "answers", "features/train", "features/heldout", "."):
         before, after = made.folder / folder, tmp_path / folder
-        names = sorted(path.name for path in after.iterdir())
+        names = sorted({path.name for path in after.iterdir()} - {"train", "decode", "report", "whole"})
         assert names == sorted(path.name for path in before.iterdir() if path.name != "data.jsonl")
         for name in names:
             if (after / name).is_file():
                 assert (after / name).read_bytes() == (before / name).read_bytes(), name
+    whole = tmp_path / "whole"
+    for path in whole.rglob("*.pt"):
+        drafts = [torch.load(where / path.relative_to(whole)) for where in (whole, tmp_path)]
+        assert all(torch.equal(value, drafts[1][key]) for key, value in drafts[0].items())
+    for path in [*whole.rglob("train/*/*.jsonl"), *whole.rglob("decode/**/*.json")]:
+        found = [
+            re.sub(r'"seconds": .*', "", (where / path.relative_to(whole)).read_text()) for where in (whole, tmp_path)
+        ]
+        assert found[0] == found[1], path
+    assert {path.parent.name for path in whole.rglob("*.pt")} == {"kl-0", "lambda-0"}
+    assert (tmp_path / "report" / "report.md").exists()
