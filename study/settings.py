@@ -51,7 +51,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     ttt_steps: int = 4
     train_tokens: int = 900_000  # tokens read, prompts included; several times over the texts, where they are fewer
-    batch_rows: int = 2  # of `sequence_length`, a step
+    batch_rows: int = 1  # of `sequence_length`, a step
     learning_rate: float = 1e-3
     warmup: float = 0.04  # share of the steps
     clip: float = 1.0  # largest gradient norm
@@ -83,12 +83,12 @@ FULL = Settings("full")
 QUICK = Settings(
     "quick",
     folder=Path(".study-quick"),
-    num_prompts=640,
+    num_prompts=480,
     num_heldout=48,
     answer_tokens=96,
     losses=("kl", "lambda"),
     seeds=(0,),
-    train_tokens=150_000,
+    train_tokens=120_000,
     evaluations=5,
     checkpoints=10,
     decode_prompts=16,
