@@ -224,10 +224,10 @@ def test_gradients_are_cleared():
     assert all(x.grad is None for x in inputs.leaves)
 
 
-def test_truncation_is_what_the_readme_says():
+def test_truncation_is_what_the_docs_say():
     """Its table, row for row; and the laws that its prose states."""
-    readme = (truncation.DATA.parents[2] / "README.md").read_text()
-    table = re.search(r"^\| draft and target \| k \|.*?\n\n", readme, re.MULTILINE | re.DOTALL)[0]
+    page = (truncation.DATA.parents[2] / "docs" / "targets.md").read_text()
+    table = re.search(r"^\| draft and target \| k \|.*?\n\n", page, re.MULTILINE | re.DOTALL)[0]
     printed = [[x.strip() for x in line.split("|")[2:-1]] for line in table.splitlines()[2:-1]]
     measured = []
     for logits in (truncation.smollm2(), truncation.zipf()):
