@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import inspect
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutations
 import pytest
 import torch
 
@@ -78,6 +80,25 @@ def test_the_readme_is_short():
     assert len(before.splitlines()) <= 95
 
 
+def test_the_table_of_memory_is_the_account():
+    with (ROOT / "bench" / "results" / "memory.csv").open(newline="") as file:
+        peaks = {(row["shape"].partition(", ")[2], row["provider"]): row["peak GiB"] for row in csv.DictReader(file)}
+    of = {"eager as SpecForge": "eager, as SpecForge", "eager as speculators": "eager, as speculators"}
+    of |= {"fused as speculators": "fused, as speculators", "chunked, checkpointed": "eager, chunked and checkpointed"}
+    table = re.search(r"^\| \| eager as SpecForge.*?\n\n", PAGES["README.md"], re.MULTILINE | re.DOTALL)[0]
+    cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line]
+    assert len(cells) >= 5
+    for shape, *values in cells[2:]:
+        shape = shape.replace("the same", cells[2][0])
+        for name, value in zip(cells[0][1:], values, strict=True):
+            assert peaks[shape, of.get(name, name)] == value, (shape, name)
+
+
+def test_the_number_of_mutations():
+    (told,) = re.findall(r"in (\d+) ways", PAGES["docs/proof.md"])
+    assert int(told) == len(mutations.TABLE)
+
+
 def test_micro_batches_are_the_whole_batch():
     pieces = run(RUNS["docs/distributed.md"], {})
     hidden, _, pairs = zip(*pieces["micro_batches"], strict=True)
@@ -91,6 +112,13 @@ def test_micro_batches_are_the_whole_batch():
     out.loss.backward()
     torch.testing.assert_close(pieces["draft_weight"].grad, weight.grad)
     assert fused_lk.LKSums.merged(pieces["sums"]).metrics() == pytest.approx(out.metrics())
+
+
+def test_code_is_on_one_line():
+    """Else code in prose is not seen by what reads it here."""
+    for name, text in PAGES.items():
+        for line in re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines():
+            assert line.count("`") % 2 == 0, (name, line)
 
 
 def inline_code(texts=USERS):
