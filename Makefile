@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest/.ready
 
-.PHONY: demo study test lint bench gate gpu compat clean
+.PHONY: demo study test lint docs bench gate gpu compat clean
 
 demo: $(VENV)/.study
 	$(BIN)/python -m demo $(ARGS)
@@ -28,6 +28,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The API page, of docstrings, and a check of every link.
+docs: $(READY)
+	$(BIN)/python docs/build.py
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

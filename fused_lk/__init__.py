@@ -13,7 +13,7 @@ from .targets.quantized import QuantizedWeight
 from .targets.target import Target
 from .targets.vocab import DraftVocab
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Divergences",

@@ -12,6 +12,7 @@ from . import checks, gemm
 from .pairs.pairs import Pairs
 from .reduction import LossOptions
 from .walk.costs import Costs, TargetFacts
+from .walk.eager import eager_bytes
 from .walk.plan import Facts, Plan, resolve, tile_dtypes
 from .walk.problem import all_terms, check_target_rows
 
@@ -38,6 +39,8 @@ class Explanation:
         peak_bytes: the most bytes of live tensors beyond the inputs, with the gradients, to a few per cent.
         held_bytes: what is held between forward and backward, beyond inputs and outputs.
         at_peak: (name, bytes) of each part of the peak.
+        eager_bytes: the most bytes that the loss from full logits needs beyond the inputs: LK-lambda in plain PyTorch,
+            as SpecForge writes it, of all rows, by the same account. Other eager losses need more or less.
         reasons: why each choice was made.
     """
 
@@ -57,6 +60,7 @@ class Explanation:
     peak_bytes: int
     held_bytes: int
     at_peak: tuple[tuple[str, int], ...]
+    eager_bytes: int
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -71,9 +75,11 @@ class Explanation:
             f"products    {self.draft_gemms} of the draft, {self.target_gemms:.3g} of the target (in draft products)",
             f"flops       {self.gemm_flops:.4g}, {over:.2f} x the floor ({self.floor_flops_from_hidden:.4g}; "
             f"{self.floor_flops:.4g} with the normaliser given)",
-            f"peak        {_mib(self.peak_bytes)} beyond the inputs: "
-            + ", ".join(f"{name} {_mib(size)}" for name, size in self.at_peak if size >= gemm.MIB),
-            f"held        {_mib(self.held_bytes)} between forward and backward",
+            f"peak        {_told_size(self.peak_bytes)} beyond the inputs: "
+            + ", ".join(f"{name} {_told_size(size)}" for name, size in self.at_peak if size >= gemm.MIB),
+            f"held        {_told_size(self.held_bytes)} between forward and backward",
+            f"saved       {_told_size(max(self.eager_bytes - self.peak_bytes, 0))}: the eager loss, which makes full "
+            f"logits and softmaxes of them, would need {_told_size(self.eager_bytes)}",
             *(f"because     {reason}" for reason in self.reasons),
         ]
         return "\n".join(lines)
@@ -211,6 +217,7 @@ def _told(costs: Costs) -> Explanation:
         peak_bytes=sum(size for _, size in at_peak),
         held_bytes=costs.held_bytes(),
         at_peak=at_peak,
+        eager_bytes=eager_bytes(facts, costs.target),
         reasons=plan.reasons,
     )
 
@@ -235,5 +242,5 @@ def _pairs(num_tokens: int, steps: int, masked_share: float) -> Pairs:
     return Pairs(counts.expand(steps, -1), torch.where(rows < num_tokens, rows, -1))
 
 
-def _mib(size: int) -> str:
-    return f"{size / gemm.MIB:,.0f} MiB"
+def _told_size(size: int) -> str:
+    return f"{size / gemm.MIB:,.0f} MiB" if size < 1024 * gemm.MIB else f"{size / (1024 * gemm.MIB):,.2f} GiB"

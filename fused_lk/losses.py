@@ -69,7 +69,7 @@ def lk_divergences(
             `torch.float32` keeps the float32 results of the matrix product. `Target.from_hidden` has the same option
             for the target's logits: near alpha = 1, rounding on either side spoils the gradient.
         terms: further divergences to compute in the same pass, by name; results are in `terms` of what is returned.
-            Names and formulas: `help(fused_lk.rows.interface)`, and README, "Semantics".
+            Names and formulas: `help(fused_lk.rows.interface)`, and docs/semantics.md.
         labels: integers `[...]`, the target ids that "ce" asks for. A negative one (-100), or one that the draft
             vocabulary lacks (or, with `restrict_draft`, the target's list), asks for nothing: 0 and no gradient.
             Without `labels` they are the target's argmax on the draft vocabulary.

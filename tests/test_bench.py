@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import peers
 import pytest
@@ -223,10 +224,10 @@ def test_gradients_are_cleared():
     assert all(x.grad is None for x in inputs.leaves)
 
 
-def test_truncation_is_what_the_readme_says():
+def test_truncation_is_what_the_docs_say():
     """Its table, row for row; and the laws that its prose states."""
-    readme = (truncation.DATA.parents[2] / "README.md").read_text()
-    table = re.search(r"^\| draft and target \| k \|.*?\n\n", readme, re.MULTILINE | re.DOTALL)[0]
+    page = (truncation.DATA.parents[2] / "docs" / "targets.md").read_text()
+    table = re.search(r"^\| draft and target \| k \|.*?\n\n", page, re.MULTILINE | re.DOTALL)[0]
     printed = [[x.strip() for x in line.split("|")[2:-1]] for line in table.splitlines()[2:-1]]
     measured = []
     for logits in (truncation.smollm2(), truncation.zipf()):
@@ -242,3 +243,18 @@ def test_truncation_is_what_the_readme_says():
     log_mass = target.log_softmax(-1).topk(16).values.logsumexp(-1)
     assert same.kl == pytest.approx(-log_mass.mean().item())
     assert (same.kl_restricted, same.alpha_restricted) == pytest.approx((0.0, 1.0))
+
+
+def test_plots_are_for_readers():
+    """No provider's key, and no letter below 11 pixels where the figure is 800 wide."""
+    plots = pytest.importorskip("bench.plots")
+    assert set(plots.STYLE) == set(PROVIDERS)
+    path = Path(__file__).parents[1] / "bench" / "results" / "amd-epyc-2-cores.csv"
+    drawn = plots.figures(report.read_csv(path))
+    assert set(drawn) == {"ratio", "scaling"}
+    for figure in drawn.values():
+        texts = [x for x in figure.findobj(plots.matplotlib.text.Text) if x.get_text()]
+        assert {plots.STYLE["ours-one-pass"][0]} <= {x.get_text() for x in texts}
+        for text in texts:
+            assert not any(name in text.get_text() for name in PROVIDERS if "-" in name)
+            assert text.get_fontsize() / 72 * 800 / figure.get_size_inches()[0] >= 11, text

@@ -7,9 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fused_lk
-from bench.accounting import account, full_size
+from bench import eager, memory
+from bench.accounting import Accounting, account, full_size
 from fused_lk.walk.plan import Plan
 
 N, H, V, FULL = 3072, 512, 8192, 12000
@@ -187,6 +189,54 @@ def test_held():
         assert abs(told.held_bytes + outputs - seen.after_forward) <= (64 if plan == "one_pass" else 24 * N)
 
 
+# (tokens, hidden size, draft vocabulary, target vocabulary, steps)
+EAGER = [
+    *((2048, 256, 8192, 8192, steps) for steps in (1, 4)),
+    *((2048, 256, 8192, 12288, steps) for steps in (1, 4)),
+    (2048, 256, 4096, 40960, 1),  # the full vocabulary outweighs what the steps hold
+    *((256, 2048, 8192, 8192, steps) for steps in (1, 2, 3)),  # and here the head does
+]
+
+
+@pytest.mark.parametrize("kind", ["hidden", "logits", "probs", "topk"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", EAGER, ids=str)
+def test_the_eager_loss(shape, dtype, kind):
+    """What is saved is told by the account of the loss that the table of memory has."""
+    tokens, hidden, vocab, full, steps = shape
+    for frozen in ([], ["head"], ["hidden"], ["head", "hidden"]) if kind == "hidden" else ([],):
+        named = memory.Shape("", *shape[:4], str(dtype).split(".")[1], steps, frozen_head="head" in frozen)
+        with full_size():
+            inputs = memory.make_inputs(named)
+            for x in inputs.draft_hidden:
+                x.requires_grad_("hidden" not in frozen)
+            given = torch.empty(tokens, full, dtype=dtype), torch.empty(tokens + steps - 1, vocab)
+
+            def loss(inputs=inputs, given=given):
+                if kind == "logits":  # in hand, where the trainer would make them
+                    with mock.patch.object(eager.F, "linear", _given_to(inputs.target_hidden, given[0])):
+                        return eager.specforge(inputs)
+                probs = {"probs": given[1], "topk": torch.empty_like(given[1])}.get(kind)
+                return eager.specforge(replace(inputs, target_probs=probs))
+
+            seen = account(loss) if len(frozen) < 2 else account_forward(loss)
+        told = fused_lk.explain(
+            tokens, hidden, vocab, full, target=kind, ttt_steps=steps, dtype=dtype, plan="recompute",
+            frozen_head="head" in frozen, frozen_hidden="hidden" in frozen,
+        )  # fmt: skip
+        assert told.eager_bytes == pytest.approx(seen.peak, rel=TOLERANCE), seen.at_peak[:8]
+
+
+def _given_to(hidden, logits, linear=F.linear):
+    return lambda x, *weights: logits if x is hidden else linear(x, *weights)
+
+
+def account_forward(loss):
+    with Accounting() as seen:
+        loss()
+    return seen
+
+
 def test_floors():
     told = fused_lk.explain(N, H, V, FULL, objective="alpha")
     one = 2 * N * H * V
@@ -204,7 +254,13 @@ def test_it_says_why():
     assert "by vocabulary: dH of 8192 pairs is smaller to accumulate than dW of 32000 tokens" in text
     text = str(fused_lk.explain(8192, 4096, 151936, objective="tv"))
     assert "at most 1024 pairs a chunk: what hides the float32 traffic of dW on a GPU" in text
-    assert "MiB beyond the inputs" in text
+    assert "peak        3.54 GiB beyond the inputs: " in text
+    assert (
+        "saved       26.60 GiB: the eager loss, which makes full logits and softmaxes of them, would need 30.14 GiB"
+        in text
+    )
+    text = str(fused_lk.explain(16, 4096, 1000))  # a head that outweighs its rows
+    assert "saved       0 MiB: the eager loss" in text
     with pytest.raises(ValueError, match='plan="one_pass" can serve'):
         fused_lk.explain(8192, 4096, 32000, plan="one_pass")
     with pytest.raises(ValueError, match="masked_share in"):

@@ -1,4 +1,4 @@
-"""The package as it is installed and imported: layers, lazy Triton, wheel, public names and their docstrings."""
+"""The package as it is installed and imported: layers, lazy Triton, checkouts, public names and their docstrings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -161,31 +160,6 @@ import fused_lk.integrations
 def test_it_works_without_triton():
     done = subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", WITHOUT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_wheel(tmp_path):
-    """The kernels are inside `fused_lk`, never beside it: `kernels` is the import name of another package."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("fused_lk", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
-    done = subprocess.run([sys.executable, *build], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "installed")
-    there = {name for name in names if not name.startswith(f"fused_lk-{fused_lk.__version__}.dist-info/")}
-    expected = {f"fused_lk/{path.relative_to(ROOT / 'fused_lk')}" for path in (ROOT / "fused_lk").rglob("*.py")}
-    expected |= {f"fused_lk/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert there == expected | {"fused_lk/py.typed"}
-    where = "import fused_lk, fused_lk.kernels as k; print(fused_lk.__file__, k.__file__)"
-    installed = {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, env=installed, cwd=tmp_path)
-    assert done.stdout.count(str(tmp_path)) == 2, done.stdout + done.stderr
 
 
 CHECKOUT = """
