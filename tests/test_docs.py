@@ -16,6 +16,7 @@ import torch
 
 import fused_lk
 from fused_lk.integrations import specforge, speculators
+from study.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
@@ -137,7 +138,7 @@ def known_options():
         value = getattr(fused_lk, name)
         members = [value, *vars(value).values()] if inspect.isclass(value) or inspect.ismodule(value) else [value]
         found |= {p for x in members if callable(getattr(x, "__func__", x)) for p in parameters(x)}
-    for function in (specforge.apply, speculators.apply, speculators.register):
+    for function in (specforge.apply, speculators.apply, speculators.register, Settings):
         found |= parameters(function)
     return found
 
