@@ -361,6 +361,8 @@ WALKS = [
     Mutation("owned", "fused_lk/graph/autograd.py", "replace(problem, tensors=own, target=target)", "replace(problem)", "tests/test_owned.py::test_tensors_of_inference_mode_are_owned"),
     Mutation("owned", "fused_lk/graph/autograd.py", "*stats[: ctx.num_stats], *problem.target.tiles.tensors())", "*stats[: ctx.num_stats])", "tests/test_owned.py::test_a_tensor_changed_between_forward_and_backward"),
     Mutation("offset", "fused_lk/walk/by_rows.py", "d_values[:, chunk.start : chunk.stop]", "d_values[:, : chunk.stop - chunk.start]", CALLS),
+    Mutation("a name for a capability", "fused_lk/wide.py", 'return torch.equal(total, 4096 + (0.25 if product == "addmm" else 0) + torch.outer(n, n))', "return True", "tests/test_wide.py"),
+    Mutation("a name for a capability", "fused_lk/gemm.py", 'elif wide.gives_float32("addmm", a.device, a.dtype):', 'elif wide.overload("addmm"):', "tests/test_wide.py"),
     Mutation("unwritten memory", "fused_lk/gemm.py", "whole[:, columns:].zero_()", "pass", "tests/test_not_a_number.py::test_the_padding_of_a_tile_is_zero"),
     Mutation("tile loop", "fused_lk/walk/by_vocabulary.py", "for start in range(0, size, step)", "for start in range(0, max(size - 1, 1), step)", "tests/test_losses.py::test_a_walk_by_vocabulary_in_blocks"),
     Mutation("scale", "fused_lk/walk/draft.py", "torch.mul(product, self.scale, out=block)", "block.copy_(product)", CALLS),
