@@ -24,8 +24,8 @@ CPU_WORKSPACE_MB = 64
 # rows of odd vocabularies are loaded 128 bits at a time too.
 ROW_ALIGNMENT = 64
 
-# Elements of an upcast block of either factor where a device has no product with a float32 result (32 MiB in float32), of
-# a block of such a product where it cannot be added to a total, and of a dequantised block.
+# Elements (32 MiB in float32) of an upcast block of either factor where a device has no product with a float32 result,
+# of a block of such a product where it cannot be added to a total, and of a dequantised block.
 _BLOCK_ELEMENTS = 2**23
 
 

@@ -34,6 +34,7 @@ def compare(
     logits_dtype="compute",
     target_logits_dtype="compute",
     workspace_mb="auto",
+    keep_mb=0,
 ):
     """The explanation and the account of one step, whose plans are the same."""
     arguments, plans, make = locals(), [], Plan.of
@@ -49,7 +50,7 @@ def compare(
 
 def _compare(
     kind, plan, impl, device, dtype, steps, tokens, vocab, shared, masked_share, frozen, normalizer_given, logits_dtype,
-    target_logits_dtype, workspace_mb, **_,
+    target_logits_dtype, workspace_mb, keep_mb, **_,
 ):  # fmt: skip
     full = vocab if shared else vocab + 4096
     told = fused_lk.explain(
@@ -71,6 +72,7 @@ def _compare(
         logits_dtype=logits_dtype,
         target_logits_dtype=target_logits_dtype,
         workspace_mb=workspace_mb,
+        keep_mb=keep_mb,
     )
     counts = torch.arange(tokens) >= round(masked_share * tokens)
     rows = torch.arange(tokens) + torch.arange(steps).unsqueeze(1)
@@ -110,6 +112,7 @@ def _compare(
                 impl=impl,
                 logits_dtype=logits_dtype,
                 workspace_mb=workspace_mb,
+                keep_mb=keep_mb,
             ).loss
 
         seen = account(run)
