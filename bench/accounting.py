@@ -173,15 +173,14 @@ def full_size(device: str = "cpu") -> Iterator[None]:
     """
     from fused_lk.kernels import launch
 
-    from fused_lk import gemm
+    from fused_lk import gemm, wide
 
     with contextlib.ExitStack() as stack:
         for name, stub in (("_launch", _launched), ("check_device", _nothing)):
             stack.enter_context(mock.patch.object(launch, name, stub))
         if device != "cpu":
             stack.enter_context(mock.patch.object(gemm, "is_cpu", return_value=False))
-            exists = hasattr(torch.ops.aten.addmm, "dtype_out")
-            stack.enter_context(mock.patch.object(gemm, "_has_out_dtype", lambda x: exists and x.dtype.itemsize == 2))
+            stack.enter_context(mock.patch.object(wide, "gives_float32", _on_a_gpu))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
@@ -192,6 +191,12 @@ def _launched(name: str, shape: torch.Size, width: int, arguments: tuple, *_: An
         if isinstance(mode, Accounting):
             tiles = (x for x in arguments if isinstance(x, Tensor) and x.ndim == 2)
             mode.work.append(Work(0, sum(x.nbytes for x in tiles)))
+
+
+def _on_a_gpu(product: str, _: torch.device, dtype: torch.dtype) -> bool:
+    from fused_lk.wide import by_release
+
+    return dtype.itemsize == 2 and by_release(product)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -268,3 +268,12 @@ def workspace_bytes(workspace_mb: float | str) -> int | None:
             return None
         fail('workspace_mb to be "auto" or a number', workspace_mb, "Pass a size in MiB.", TypeError)
     return int(number("workspace_mb", workspace_mb, above=0) * 2**20)
+
+
+def keep_bytes(keep_mb: float | str) -> int | None:
+    """The bytes of logits that may be kept for the backward; None for "auto"."""
+    if isinstance(keep_mb, str):
+        if keep_mb == "auto":
+            return None
+        fail('keep_mb to be "auto" or a number', keep_mb, "Pass a size in MiB, 0 for none.", TypeError)
+    return int(number("keep_mb", keep_mb, minimum=0) * 2**20)

@@ -13,7 +13,7 @@ from .pairs.pairs import Pairs
 from .reduction import LossOptions
 from .walk.costs import Costs, TargetFacts
 from .walk.eager import eager_bytes
-from .walk.plan import Facts, Plan, resolve, tile_dtypes
+from .walk.plan import Facts, Plan, kept_dtypes, resolve, tile_dtypes
 from .walk.problem import all_terms, check_target_rows
 
 TARGET_KINDS = ("hidden", "cached", "logits", "probs", "topk")
@@ -37,7 +37,9 @@ class Explanation:
         floor_flops_from_hidden: the same, where a pass makes the normaliser from hidden states. That pass computes the
             draft's columns too. Both floors are equal where the target gives its probabilities.
         peak_bytes: the most bytes of live tensors beyond the inputs, with the gradients, to a few per cent.
-        held_bytes: what is held between forward and backward, beyond inputs and outputs.
+        held_bytes: what is held between forward and backward, beyond inputs and outputs; kept logits included.
+        kept_pairs, kept_bytes: the pairs whose logits the forward keeps for the backward, and the bytes of these tiles.
+        saved_by_a_mib: the share of a draft product that each further MiB of `keep_mb` saves, until all are kept.
         at_peak: (name, bytes) of each part of the peak.
         eager_bytes: the most bytes that the loss from full logits needs beyond the inputs: LK-lambda in plain PyTorch,
             as SpecForge writes it, of all rows, by the same account. Other eager losses need more or less.
@@ -52,13 +54,16 @@ class Explanation:
     chunk_pairs: int
     chunk_targets: int
     block_columns: int | None
-    draft_gemms: int
+    draft_gemms: float
     target_gemms: float
     gemm_flops: int
     floor_flops: int
     floor_flops_from_hidden: int
     peak_bytes: int
     held_bytes: int
+    kept_pairs: int
+    kept_bytes: int
+    saved_by_a_mib: float
     at_peak: tuple[tuple[str, int], ...]
     eager_bytes: int
     reasons: tuple[str, ...]
@@ -72,17 +77,26 @@ class Explanation:
             f"plan        {self.plan}, gradients {self.walk}",
             f"work        {self.num_pairs} pairs against {self.num_targets} target rows",
             f"chunks      {size}",
-            f"products    {self.draft_gemms} of the draft, {self.target_gemms:.3g} of the target (in draft products)",
+            f"products    {self.draft_gemms:.3g} of the draft, {self.target_gemms:.3g} of the target (in draft ones)",
             f"flops       {self.gemm_flops:.4g}, {over:.2f} x the floor ({self.floor_flops_from_hidden:.4g}; "
             f"{self.floor_flops:.4g} with the normaliser given)",
             f"peak        {_told_size(self.peak_bytes)} beyond the inputs: "
             + ", ".join(f"{name} {_told_size(size)}" for name, size in self.at_peak if size >= gemm.MIB),
             f"held        {_told_size(self.held_bytes)} between forward and backward",
+            *self._of_kept_logits(),
             f"saved       {_told_size(max(self.eager_bytes - self.peak_bytes, 0))}: the eager loss, which makes full "
             f"logits and softmaxes of them, would need {_told_size(self.eager_bytes)}",
             *(f"because     {reason}" for reason in self.reasons),
         ]
         return "\n".join(lines)
+
+    def _of_kept_logits(self) -> list[str]:
+        if self.plan == "one_pass":
+            return []
+        kept = f"kept        {_told_size(self.kept_bytes)} of logits, of {self.kept_pairs} pairs"
+        if self.kept_pairs == self.num_pairs or self.saved_by_a_mib == 0:
+            return [kept]
+        return [f"{kept}; keep_mb saves a product for each further {1 / self.saved_by_a_mib:,.0f} MiB"]
 
 
 def explain(
@@ -112,6 +126,7 @@ def explain(
     plan: str = "auto",
     impl: str = "auto",
     workspace_mb: float | str = "auto",
+    keep_mb: float | str = 0,
     device: str = "cuda",
 ) -> Explanation:
     """What `lk_loss` would do for given shapes: plan, chunks, matrix products, bytes, and the floor. Nothing is run.
@@ -131,7 +146,7 @@ def explain(
         pairs: the actual work list, instead of `masked_share`; of `ttt_steps * num_tokens` rows.
         dtype, logits_dtype, frozen_head, frozen_hidden: of the draft.
         target_logits_dtype: `logits_dtype` of a target from hidden states, or `torch.float32` where its logits have it.
-        objective, terms, lambda_per, kl_weight, reduction, plan, impl, workspace_mb: as in `lk_loss`.
+        objective, terms, lambda_per, kl_weight, reduction, plan, impl, workspace_mb, keep_mb: as in `lk_loss`.
         device: "cpu" or "cuda".
 
     Raises:
@@ -173,6 +188,11 @@ def explain(
     if target in ("probs", "topk"):
         of_target = wide
     in_place = target == "cached" or (target == "logits" and vocab == full_vocab)
+    where = (False, in_place and pairs.valid is None)
+    tiles = tile_dtypes(dtype, checks.wide_logits(logits_dtype), of_target, where)
+    budget, keep = checks.workspace_bytes(workspace_mb), checks.keep_bytes(keep_mb)
+    if keep is None:
+        keep = gemm.default_budget(torch.device(device)) if budget is None else budget
     facts = Facts(
         pairs=pairs,
         num_rows=num_rows,
@@ -181,15 +201,15 @@ def explain(
         vocab_size=vocab,
         dtype=dtype,
         accumulator=gemm.wide_dtype(dtype, of_target),
-        tiles=tile_dtypes(
-            dtype, checks.wide_logits(logits_dtype), of_target, (False, in_place and pairs.valid is None)
-        ),
+        tiles=tiles,
         needs_hidden=not frozen_hidden,
         needs_weight=not frozen_head,
         impl=impl,
         device=torch.device(device),
-        budget=checks.workspace_bytes(workspace_mb),
+        budget=budget,
         terms=all_terms(options.terms, terms),
+        kept=kept_dtypes(tiles.z, tiles.t, True, target == "hidden"),
+        keep=0 if frozen_head and frozen_hidden else keep,
     )
     streams = target == "cached" or (target == "hidden" and vocab < full_vocab and not normalizer_given)
     kind = "logits" if target == "cached" else target
@@ -209,13 +229,16 @@ def _told(costs: Costs) -> Explanation:
         chunk_pairs=costs.pairs,
         chunk_targets=costs.targets,
         block_columns=plan.block_columns,
-        draft_gemms=costs.draft_gemms,
+        draft_gemms=costs.draft_flops / max(costs.one_gemm, 1),
         target_gemms=costs.target_flops() / max(costs.one_gemm, 1),
-        gemm_flops=costs.draft_gemms * costs.one_gemm + costs.target_flops(),
+        gemm_flops=costs.draft_flops + costs.target_flops(),
         floor_flops=costs.floor_flops(from_hidden=False),
         floor_flops_from_hidden=costs.floor_flops(from_hidden=True),
         peak_bytes=sum(size for _, size in at_peak),
         held_bytes=costs.held_bytes(),
+        kept_pairs=plan.kept.num_pairs,
+        kept_bytes=costs.kept_bytes,
+        saved_by_a_mib=costs.saved_by_a_mib() if costs.needs_gradient and not plan.one_pass else 0.0,
         at_peak=at_peak,
         eager_bytes=eager_bytes(facts, costs.target),
         reasons=plan.reasons,

@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from . import wide
+
 MIB = 2**20
 
 # The bound on the two tiles of logits together. It is large enough for products at full speed, and small beside any
@@ -22,8 +24,8 @@ CPU_WORKSPACE_MB = 64
 # rows of odd vocabularies are loaded 128 bits at a time too.
 ROW_ALIGNMENT = 64
 
-# Elements of an upcast block of either factor where a backend has no product with a float32 result (32 MiB in float32),
-# and of a dequantised block.
+# Elements (32 MiB in float32) of an upcast block of either factor where a device has no product with a float32 result,
+# of a block of such a product where it cannot be added to a total, and of a dequantised block.
 _BLOCK_ELEMENTS = 2**23
 
 
@@ -85,16 +87,16 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
             torch.mm(x, weight.t(), out=out)
         else:
             torch.addmm(bias, x, weight.t(), out=out)
-    elif _has_out_dtype(x):
-        torch.ops.aten.mm.dtype_out(x, weight.t(), out.dtype, out=out)
+    elif wide.gives_float32("mm", x.device, x.dtype):
+        wide.overload("mm")(x, weight.t(), out.dtype, out=out)
         if bias is not None:
             out.add_(bias)
     else:
-        wide = x.to(out.dtype)
+        upcast = x.to(out.dtype)
         step = block_rows(weight.shape[1])
         for start in range(0, weight.shape[0], step):
             block = weight[start : start + step].to(out.dtype)
-            torch.mm(wide, block.t(), out=out[:, start : start + step])
+            torch.mm(upcast, block.t(), out=out[:, start : start + step])
         if bias is not None:
             out.add_(bias)
 
@@ -103,21 +105,28 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, accumulated in `total`'s dtype, without a temporary of `total`'s size."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
-    elif _has_out_dtype(a):
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif wide.gives_float32("addmm", a.device, a.dtype):
+        wide.overload("addmm")(total, a, b, total.dtype, out=total)
+    elif wide.gives_float32("mm", a.device, a.dtype):
+        for rows, factor in zip(*(x.split(block_rows(b.shape[1])) for x in (total, a)), strict=True):
+            part = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            product_into(part, factor, b)
+            rows.add_(part)
     else:
         inner, step = _upcast_blocks(*b.shape)
         for first in range(0, b.shape[0], inner):
-            wide = b[first : first + inner].to(total.dtype)
+            upcast = b[first : first + inner].to(total.dtype)
             for start in range(0, a.shape[0], step):
                 rows = total[start : start + step]
-                torch.addmm(rows, a[start : start + step, first : first + inner].to(total.dtype), wide, out=rows)
+                torch.addmm(rows, a[start : start + step, first : first + inner].to(total.dtype), upcast, out=rows)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """`out = a @ b`, rounded once into `out`'s dtype (that of `a`, or float32)."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
+    elif wide.gives_float32("mm", a.device, a.dtype):
+        wide.overload("mm")(a, b, out.dtype, out=out)
     else:
         out.zero_()
         accumulate(out, a, b)
@@ -125,8 +134,10 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def accumulate_scratch(m: int, k: int, n: int, dtype: torch.dtype, total: torch.dtype, device: torch.device) -> int:
     """Bytes that `accumulate` of `[m, k] @ [k, n]` holds beside its arguments."""
-    if dtype == total or has_wide_products(device, dtype):
+    if dtype == total or wide.gives_float32("addmm", device, dtype):
         return 0
+    if wide.gives_float32("mm", device, dtype):
+        return min(m, block_rows(n)) * n * total.itemsize
     inner, step = _upcast_blocks(k, n)
     inner = min(k, inner)
     return (inner * n + min(m, step) * inner) * total.itemsize
@@ -141,12 +152,3 @@ def _upcast_blocks(k: int, n: int) -> tuple[int, int]:
     """Rows of b `[k, n]`, and rows of a, that are upcast at a time."""
     inner = block_rows(n)
     return inner, max(1, _BLOCK_ELEMENTS // max(min(k, inner), n, 1))
-
-
-def _has_out_dtype(x: Tensor) -> bool:
-    return has_wide_products(x.device, x.dtype)
-
-
-def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether half-precision products can give their float32 result (CUDA, torch >= 2.8)."""
-    return device.type == "cuda" and dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out")

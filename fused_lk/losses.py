@@ -33,6 +33,7 @@ def lk_divergences(
     pairs: Pairs | None = None,
     impl: str = "auto",
     workspace_mb: float | str = "auto",
+    keep_mb: float | str = 0,
     logits_dtype: str | torch.dtype = "compute",
     terms: Sequence[str] = (),
     labels: Tensor | None = None,
@@ -65,6 +66,10 @@ def lk_divergences(
         impl: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (the oracle: eager code
             with full logits). A choice by name never falls back.
         workspace_mb: a bound in MiB on the logits held at any time, of draft and target together.
+        keep_mb: a bound in MiB on the logits, of draft and of a target from hidden states, that the forward keeps for
+            the backward beyond this. What does not fit is made again there. If all fits, that saves a draft product
+            and a target product; `explain` tells what each MiB saves. "auto" keeps as much as the workspace holds, and
+            0 nothing. Where the gradients are made in the forward, nothing is kept.
         logits_dtype: "compute" rounds the draft's logits to the dtype of the hidden states, as eager code does.
             `torch.float32` keeps the float32 results of the matrix product. `Target.from_hidden` has the same option
             for the target's logits: near alpha = 1, rounding on either side spoils the gradient.
@@ -88,7 +93,7 @@ def lk_divergences(
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta, logit_scale, softcap)
     of_draft, top1 = (draft_hidden, draft_lm_head_weight, bias), checks.flag("top1", top1)
-    asked = problem.linear(*of_draft, target, logits_dtype, *how, second=low_rank, scores=top1)
+    asked = problem.linear(*of_draft, target, logits_dtype, *how, second=low_rank, scores=top1, keep_mb=keep_mb)
     return _by(asked).divergences(asked, top1)
 
 
@@ -101,6 +106,7 @@ def lk_divergences_from_logits(
     pairs: Pairs | None = None,
     impl: str = "auto",
     workspace_mb: float | str = "auto",
+    keep_mb: float | str = 0,
     terms: Sequence[str] = (),
     labels: Tensor | None = None,
     jsd_beta: float = 0.5,
@@ -115,7 +121,9 @@ def lk_divergences_from_logits(
     """
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (terms,), labels, jsd_beta)
     top1 = checks.flag("top1", top1)
-    return _by(asked := problem.from_logits(draft_logits, target, *how, scores=top1)).divergences(asked, top1)
+    return _by(asked := problem.from_logits(draft_logits, target, *how, scores=top1, keep_mb=keep_mb)).divergences(
+        asked, top1
+    )
 
 
 def lk_loss(
@@ -142,6 +150,7 @@ def lk_loss(
     impl: str = "auto",
     plan: str = "auto",
     workspace_mb: float | str = "auto",
+    keep_mb: float | str = 0,
     logits_dtype: str | torch.dtype = "compute",
     terms: Sequence[str] = (),
     labels: Tensor | None = None,
@@ -201,7 +210,7 @@ def lk_loss(
     of_terms = ((options.terms, terms), labels, jsd_beta)
     how = (mask, pairs, draft_temperature, impl, workspace_mb, *of_terms, logit_scale, softcap)
     of_draft = (draft_hidden, draft_lm_head_weight, bias)
-    asked = problem.linear(*of_draft, target, logits_dtype, *how, second=low_rank, scores=True)
+    asked = problem.linear(*of_draft, target, logits_dtype, *how, second=low_rank, scores=True, keep_mb=keep_mb)
     return _by(asked).loss(asked, options, plan)
 
 
@@ -224,6 +233,7 @@ def lk_loss_from_logits(
     impl: str = "auto",
     plan: str = "auto",
     workspace_mb: float | str = "auto",
+    keep_mb: float | str = 0,
     terms: Sequence[str] = (),
     labels: Tensor | None = None,
     jsd_beta: float = 0.5,
@@ -233,7 +243,7 @@ def lk_loss_from_logits(
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group
     )
     how = (mask, pairs, draft_temperature, impl, workspace_mb, (options.terms, terms), labels, jsd_beta)
-    asked = problem.from_logits(draft_logits, target, *how, scores=True)
+    asked = problem.from_logits(draft_logits, target, *how, scores=True, keep_mb=keep_mb)
     return _by(asked).loss(asked, options, plan)
 
 

@@ -23,7 +23,8 @@ class LKLoss(nn.Module):
 
     Args:
         objective, eta, kl_scale, lambda_per, kl_weight, position_decay, reduction, denominator, group, logit_scale,
-        softcap, draft_temperature, impl, plan, workspace_mb, logits_dtype, terms, jsd_beta: as in `fused_lk.lk_loss`.
+        softcap, draft_temperature, impl, plan, workspace_mb, keep_mb, logits_dtype, terms, jsd_beta: as in
+        `fused_lk.lk_loss`.
 
     Raises:
         TypeError, ValueError: an option is unknown or out of range. The call checks what depends on the batch.
@@ -47,6 +48,7 @@ class LKLoss(nn.Module):
         impl: str = "auto",
         plan: str = "auto",
         workspace_mb: float | str = "auto",
+        keep_mb: float | str = 0,
         logits_dtype: str | torch.dtype = "compute",
         terms: Sequence[str] = (),
         jsd_beta: float = 0.5,
@@ -58,6 +60,7 @@ class LKLoss(nn.Module):
         checks.choice("impl", impl, IMPLS)
         checks.choice("plan", plan, PLANS)
         checks.workspace_bytes(workspace_mb)
+        checks.keep_bytes(keep_mb)
         checks.wide_logits(logits_dtype)
         checks.softmax("draft_temperature", draft_temperature, logit_scale, softcap)
         self.options: dict[str, Any] = {  # a dict, because not every torch.compile can trace an object's __dict__
@@ -68,6 +71,7 @@ class LKLoss(nn.Module):
             "impl": impl,
             "plan": plan,
             "workspace_mb": checks.scalar(workspace_mb),
+            "keep_mb": checks.scalar(keep_mb),
             "logits_dtype": logits_dtype,
             "terms": all_terms(terms),
             "jsd_beta": checks.share("jsd_beta", jsd_beta),

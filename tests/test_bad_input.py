@@ -174,6 +174,8 @@ CALLS = [
     ("workspace NaN", lambda g: {"workspace_mb": NAN}, ValueError, "workspace_mb"),
     ("workspace: a word", lambda g: {"workspace_mb": "256"}, TypeError, 'workspace_mb to be "auto" or a number'),
     ("workspace: bool", lambda g: {"workspace_mb": True}, TypeError, "workspace_mb"),
+    ("keep < 0", lambda g: {"keep_mb": -1.0}, ValueError, "keep_mb"),
+    ("keep: a word", lambda g: {"keep_mb": "all"}, TypeError, 'keep_mb to be "auto" or a number'),
     ("logits_dtype", lambda g: {"logits_dtype": "float32"}, ValueError, "logits_dtype to be"),
     ("logits_dtype: half", lambda g: {"logits_dtype": torch.float16}, ValueError, "logits_dtype to be"),
     ("objective", lambda g: {"objective": "hinge"}, ValueError, "objective to be one of 'kl', 'tv', 'alpha', 'lambda'"),

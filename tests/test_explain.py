@@ -36,6 +36,7 @@ def compare(
     logits_dtype="compute",
     target_logits_dtype="compute",
     workspace_mb="auto",
+    keep_mb=0,
 ):
     """The explanation and the account of one step, whose plans are the same."""
     arguments, plans, make = locals(), [], Plan.of
@@ -51,7 +52,7 @@ def compare(
 
 def _compare(
     kind, plan, impl, device, dtype, steps, tokens, vocab, shared, masked_share, frozen, normalizer_given, logits_dtype,
-    target_logits_dtype, workspace_mb, **_,
+    target_logits_dtype, workspace_mb, keep_mb, **_,
 ):  # fmt: skip
     full = vocab if shared else vocab + 4096
     told = fused_lk.explain(
@@ -73,6 +74,7 @@ def _compare(
         logits_dtype=logits_dtype,
         target_logits_dtype=target_logits_dtype,
         workspace_mb=workspace_mb,
+        keep_mb=keep_mb,
     )
     counts = torch.arange(tokens) >= round(masked_share * tokens)
     rows = torch.arange(tokens) + torch.arange(steps).unsqueeze(1)
@@ -112,6 +114,7 @@ def _compare(
                 impl=impl,
                 logits_dtype=logits_dtype,
                 workspace_mb=workspace_mb,
+                keep_mb=keep_mb,
             ).loss
 
         seen = account(run)

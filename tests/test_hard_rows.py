@@ -29,6 +29,8 @@ WALKS = {
     "one pass, small chunks": {"plan": "one_pass", "workspace_mb": 0.015},
     "recompute": {"plan": "recompute"},
     "recompute, blocks of columns": {"plan": "recompute", "workspace_mb": 0.004},
+    "recompute, some kept, blocks of columns": {"plan": "recompute", "workspace_mb": 0.004, "keep_mb": 0.012},
+    "recompute, all kept": {"plan": "recompute", "keep_mb": 1},
 }
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     *("integrations", "__init__", "modules", "losses", "evaluate", "by_reference", "explain", "reduction", "output"),
     *("graph", "walk", "targets", "pairs", "objective", "impls", "kernels", "rows"),
-    *("positions", "opaque", "gemm", "ranks", "checks", "reference", "checkout"),
+    *("positions", "opaque", "gemm", "wide", "ranks", "checks", "reference", "checkout"),
 )
 
 

@@ -69,6 +69,7 @@ def test_attached_forward_goes_with_copies():
     before, expected = dict(vars(model)), 10 * Model.forward(model, x)
     assert attach(model) is attach(model, impl="torch", workspace_mb=0.5) is model
     assert torch.equal(model(x), expected) and model.forward.options == {"impl": "torch", "workspace_mb": 0.5}
+    assert model.forward.of_losses == {**model.forward.options, "keep_mb": 0}
     assert inspect.signature(model.forward) == inspect.signature(Model().forward)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.forward.model is other and other.forward.options == model.forward.options

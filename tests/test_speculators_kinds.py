@@ -38,7 +38,7 @@ def loss_of(kind, loss):
 @pytest.mark.parametrize(("kind", "config"), CONFIGS)
 def test_training_is_the_same(kind, config):
     theirs = make(kind, **config)
-    ours = speculators.apply(copy.deepcopy(theirs), **SMALL)
+    ours = speculators.apply(copy.deepcopy(theirs), **SMALL, keep_mb=0.02)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (ours, theirs)]
     for step in range(3):
         given = batch(kind, step)

@@ -15,7 +15,7 @@ from ..pairs.layout import Layout
 from ..rows.interface import RowStats
 from ..walk import by_rows, by_vocabulary
 from ..walk.draft import Gradients, near_unit_scale, times
-from ..walk.plan import Facts, Plan
+from ..walk.plan import Facts, Plan, Tiles
 from ..walk.problem import Problem
 
 
@@ -25,7 +25,7 @@ def prepare(problem: Problem, one_pass: bool) -> tuple[Plan, Layout]:
     return plan, plan.layout
 
 
-def gradients(problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor | None) -> Gradients:
+def gradients(problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor | None, kept: Tiles) -> Gradients:
     """The gradients of `sum d_values * values`, in the shapes of the problem's tensors; None where not needed."""
     if d_values is None or plan.layout.num_pairs == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(problem.tensors, problem.needs, strict=True)]
@@ -33,7 +33,7 @@ def gradients(problem: Problem, plan: Plan, stats: RowStats, d_values: Tensor | 
     scale = near_unit_scale(d_values)
     walk = by_rows if plan.block_columns is None else by_vocabulary
     with torch.autocast(problem.device.type, enabled=False):  # wherever the caller runs its backward
-        made = walk.gradients(problem, plan, stats, d_values / scale, scale)
+        made = walk.gradients(problem, plan, stats, d_values / scale, scale, kept)
     return _shaped(made.done(), [x.shape for x in problem.tensors])
 
 
@@ -55,22 +55,24 @@ class _Divergences(torch.autograd.Function):
             target = problem.target.owned() if problem.target.of_inference_mode else problem.target
             own = tuple(x.clone() if x.is_inference() else x for x in problem.tensors)
             problem = replace(problem, tensors=own, target=target)
-        stats = by_rows.statistics(problem, plan)
+        kept = plan.kept_tiles()
+        stats = by_rows.statistics(problem, plan, kept)
         if any(problem.needs):
             ctx.problem, ctx.plan, ctx.num_tensors = replace(problem, tensors=()), plan, len(tensors)
             # Autograd refuses a saved tensor that changed in place before the backward. So the target is saved too.
             ctx.num_stats = 4 + problem.learns_argmax
-            ctx.save_for_backward(*problem.tensors, *stats[: ctx.num_stats], *problem.target.tiles.tensors())
+            given = (*problem.tensors, *problem.target.tiles.tensors())
+            ctx.save_for_backward(kept.z, kept.t, *stats[: ctx.num_stats], *given)
         ctx.mark_non_differentiable(*(x for x in stats if x is not None and x is not stats.values))
         return tuple(stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _base: None, d_values: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # asked once: under activation checkpointing, each time unpacks all anew
-        problem = replace(ctx.problem, tensors=saved[: ctx.num_tensors], needs=ctx.needs_input_grad[2:])
-        stats = RowStats(*saved[ctx.num_tensors :][: ctx.num_stats])
-        return None, None, *gradients(problem, ctx.plan, stats, d_values)
+        z, t, *saved = ctx.saved_tensors  # asked once: under activation checkpointing, each time unpacks all anew
+        stats, given = RowStats(*saved[: ctx.num_stats]), tuple(saved[ctx.num_stats :][: ctx.num_tensors])
+        problem = replace(ctx.problem, tensors=given, needs=ctx.needs_input_grad[2:])
+        return None, None, *gradients(problem, ctx.plan, stats, d_values, Tiles(z, None, t))
 
 
 class _OnePass(torch.autograd.Function):

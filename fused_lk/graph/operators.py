@@ -12,8 +12,10 @@ the loss, which sums `[N]`-sized tensors, is traced as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import gemm
@@ -25,7 +27,7 @@ from ..rows.interface import Normalizer, RowStats, Transform
 from ..targets.target import Target
 from ..walk import by_rows
 from ..walk.draft import near_unit_scale
-from ..walk.plan import Facts, Plan, empty_statistics
+from ..walk.plan import Facts, Plan, Tiles, empty_statistics, kept_dtypes, kept_rows
 from ..walk.problem import Problem, check_target_rows, low_rank
 from . import autograd
 
@@ -34,9 +36,9 @@ _PROBLEM = (
     "Tensor[] draft, Tensor[] target, Tensor? normalizer, Tensor? valid, Tensor? target_rows, Tensor? labels, "
     "int num_sources, bool linear, ScalarType? logits_dtype, float draft_scale, float? draft_inner, str target_kind, "
     "int target_vocab_size, float target_scale, float? target_inner, bool is_mass, float rounding, bool skip_masked, "
-    "str impl, int? budget, bool[] needs, str[] terms, float jsd_beta, bool scores_argmax"
+    "str impl, int? budget, int keep, bool[] needs, str[] terms, float jsd_beta, bool scores_argmax"
 )
-_NUM_ARGUMENTS, _NUM_TENSORS, _NUM_SOURCES, _NEEDS, _TERMS = 24, 6, 6, 20, 21
+_NUM_ARGUMENTS, _NUM_TENSORS, _NUM_SOURCES, _NEEDS, _TERMS = 25, 6, 6, 21, 22
 
 
 def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
@@ -50,7 +52,7 @@ def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
         *(draft, list(tiles.tensors()), normalizer.value, layout.valid, layout.target_rows, problem.labels),
         *(k, problem.linear, problem.logits_dtype, *problem.transform),
         *(tiles.kind, tiles.vocab_size, *target.transform, normalizer.is_mass, normalizer.rounding),
-        *(problem.pairs.skip_masked, problem.impl, problem.budget, list(problem.needs)),
+        *(problem.pairs.skip_masked, problem.impl, problem.budget, problem.keep, list(problem.needs)),
         *(list(problem.terms), problem.jsd_beta, problem.scores_argmax),
     )
 
@@ -63,20 +65,21 @@ def _has_rows(num_tensors: int, num_sources: int) -> list[bool]:
 
 def _problem(arguments: Sequence[Any]) -> Problem:
     draft, target_tensors, value, valid, target_rows, labels, k, linear, logits_dtype, *transform = arguments[:11]
-    kind, size, *of_target, is_mass, rounding, skip_masked, impl, budget, needs, terms, beta, argmax = arguments[11:]
+    kind, size, *of_target, is_mass, rounding, skip_masked, impl, budget, keep = arguments[11:_NEEDS]
+    needs, terms, beta, argmax = arguments[_NEEDS:]
     normalizer = None if value is None else Normalizer(value, is_mass, rounding)
     target = Target.rebuilt(kind, target_tensors, size, Transform(*of_target), normalizer)
     pairs = Pairs(valid, target_rows, skip_masked=skip_masked)
     shape = (sum(x.shape[0] for x in draft[:k]),)
     given = (tuple(draft), k, linear, logits_dtype, Transform(*transform))
-    of_terms = (tuple(terms), labels, beta, argmax)
+    of_terms = (tuple(terms), labels, beta, argmax, keep)
     return Problem(*given, target, pairs, shape, impl, budget, tuple(needs), *of_terms)
 
 
 def _planned(arguments: Sequence[Any], one_pass: bool = False) -> tuple[Problem, Plan]:
     problem = _problem(arguments)
     check_target_rows(problem.pairs, problem.num_rows, problem.target.tiles.num_rows)
-    return problem, Plan.of(Facts.of(problem), one_pass)
+    return problem, Plan.of(Facts.of(problem, static=True), one_pass)
 
 
 def _empty_stats(arguments: Sequence[Any]) -> list[Tensor]:
@@ -102,7 +105,7 @@ def prepare(problem: Problem, one_pass: bool) -> tuple[Layout, Layout]:
 
 
 def divergences(problem: Problem, layout: Layout, *_: Tensor) -> list[Tensor]:
-    return row_divergences(*_flat(problem, layout, saves=any(problem.needs)))
+    return row_divergences(*_flat(problem, layout, saves=any(problem.needs)))[0]
 
 
 def one_pass(problem: Problem, layout: Layout, objective: Objective, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -113,31 +116,50 @@ def one_pass(problem: Problem, layout: Layout, objective: Objective, *tensors: T
     return loss, *stats
 
 
-@opaque(f"({_PROBLEM}) -> Tensor[]")
-def row_divergences(*arguments: Any) -> list[Tensor]:
-    """`RowStats` as a list, per draft row."""
+@opaque(f"({_PROBLEM}) -> (Tensor[], Tensor[])")
+def row_divergences(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """`RowStats` as a list, per draft row, and the tiles that are kept for the backward."""
     problem, plan = _planned(arguments)
-    return _per_row(plan.layout, by_rows.statistics(problem, plan), problem.num_rows)
+    kept = plan.kept_tiles()
+    stats = by_rows.statistics(problem, plan, kept)
+    return _per_row(plan.layout, stats, problem.num_rows), [x for x in kept if x is not None]
 
 
 @row_divergences.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    return _empty_stats(arguments)
+def _(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return _empty_stats(arguments), _empty_kept(arguments)
 
 
-@opaque(f"({_PROBLEM}, Tensor[] saved, Tensor d_values) -> Tensor[]")
+def _empty_kept(arguments: Sequence[Any]) -> list[Tensor]:
+    """Unwritten tiles for what a forward keeps, for tracing."""
+    draft, target, *_, linear, logits_dtype, _, _, kind, size = arguments[: _NUM_SOURCES + 7]
+    keep, needs = arguments[_NEEDS - 1], arguments[_NEEDS]
+    if keep == 0 or not any(needs):
+        return []
+    tiles = Target.rebuilt(kind, target, size, Transform(), None).tiles
+    z = torch.promote_types(draft[0].dtype, logits_dtype or draft[0].dtype)
+    dtypes = kept_dtypes(z, tiles.dtype, linear, tiles.of_product)
+    num_rows = sum(x.shape[0] for x in draft[: arguments[_NUM_SOURCES]])
+    rows = kept_rows(dtypes, num_rows, size, keep)
+    return [gemm.tile(rows, size, x, draft[0].device) for x in dtypes if x is not None]
+
+
+@opaque(f"({_PROBLEM}, Tensor[] saved, Tensor[] kept, bool[] wanted, Tensor d_values) -> Tensor[]")
 def row_gradients(*arguments: Any) -> list[Tensor]:
-    """The gradients of the draft's tensors that `needs` names; `saved` are the statistics."""
-    *call, saved, d_values = arguments
+    """The gradients of the draft's tensors that are `wanted`; `saved` are the statistics. The plan is the forward's."""
+    *call, saved, kept, wanted, d_values = arguments
     problem, plan = _planned(call)
     stats = RowStats(*(plan.layout.per_pair(x) for x in saved))
-    gradients = autograd.gradients(problem, plan, stats, plan.layout.per_pair(d_values))
+    left = iter(kept)
+    tiles = Tiles(*(None if dtype is None else next(left, None) for dtype in plan.facts.kept))
+    problem = replace(problem, needs=tuple(wanted))
+    gradients = autograd.gradients(problem, plan, stats, plan.layout.per_pair(d_values), tiles)
     return [x for x in gradients if x is not None]
 
 
 @row_gradients.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x, need in zip(arguments[0], arguments[_NEEDS], strict=True) if need]
+    return [x.new_empty(x.shape) for x, need in zip(arguments[0], arguments[-2], strict=True) if need]
 
 
 @opaque(
@@ -179,21 +201,22 @@ def _per_row(layout: Layout, stats: RowStats, num_rows: int) -> list[Tensor]:
     return [x if layout.valid is not None else layout.per_row(x, num_rows) for x in stats if x is not None]
 
 
-def _save_divergences(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i != RowStats._fields.index("values")))
+def _save_divergences(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+    stats, kept = output
+    ctx.mark_non_differentiable(*(x for i, x in enumerate(stats) if i != RowStats._fields.index("values")), *kept)
     draft, target, _, valid, target_rows, labels, *ctx.static = inputs
-    ctx.save_for_backward(*draft, *target, valid, target_rows, labels, *output)
-    ctx.num_draft, ctx.num_target = len(draft), len(target)
+    ctx.save_for_backward(*draft, *target, valid, target_rows, labels, *stats, *kept)
+    ctx.num_draft, ctx.num_target, ctx.num_stats = len(draft), len(target), len(stats)
 
 
-def _divergences_backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+def _divergences_backward(ctx: Any, gradients: list[Tensor], _: list[Tensor]) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     draft, saved = saved[: ctx.num_draft], saved[ctx.num_draft :]
     target, (valid, target_rows, labels, *stats) = saved[: ctx.num_target], saved[ctx.num_target :]
-    needs = list(ctx.needs_input_grad[0])
-    ctx.static[_NEEDS - _NUM_TENSORS] = needs
+    needs, kept = list(ctx.needs_input_grad[0]), stats[ctx.num_stats :]
     d_values = gradients[RowStats._fields.index("values")]
-    made = row_gradients.operator(draft, target, None, valid, target_rows, labels, *ctx.static, stats, d_values)
+    call = (draft, target, None, valid, target_rows, labels, *ctx.static)
+    made = row_gradients.operator(*call, stats[: ctx.num_stats], kept, needs, d_values)
     return _to_inputs(made, needs, len(target), _NUM_ARGUMENTS)
 
 

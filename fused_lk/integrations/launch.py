@@ -6,6 +6,7 @@ starts. Settings are environment variables, because they reach all of these proc
     FUSED_LK_DISABLE=1        the trainer's command as it is
     FUSED_LK_IMPL             impl of the losses ("auto")
     FUSED_LK_WORKSPACE_MB     workspace_mb of the losses ("auto")
+    FUSED_LK_KEEP_MB          keep_mb of the losses (0)
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class Applied:
         Raises:
             TypeError, RuntimeError, ValueError: as `apply`, before training starts.
         """
-        workspace = os.environ.get("FUSED_LK_WORKSPACE_MB", "auto")
         options: dict[str, Any] = {
             "impl": os.environ.get("FUSED_LK_IMPL", "auto"),
-            "workspace_mb": workspace if workspace == "auto" else float(workspace),
+            "workspace_mb": _size(os.environ.get("FUSED_LK_WORKSPACE_MB", "auto")),
         }
+        if "FUSED_LK_KEEP_MB" in os.environ:
+            options["keep_mb"] = _size(os.environ["FUSED_LK_KEEP_MB"])
         self.apply(model, **options, **own)
         vars(model)["forward"].refuse(**call or {})
         name = type(model).__name__
@@ -68,6 +70,10 @@ class Applied:
                 "Report the trainer's version; call apply(model) by hand, or train with FUSED_LK_DISABLE=1.",
                 RuntimeError,
             )
+
+
+def _size(given: str) -> float | str:
+    return given if given == "auto" else float(given)
 
 
 @contextmanager

@@ -34,13 +34,14 @@ class Forward:
     methods: tuple[tuple[str, ...], ...] = (("forward",),)
     heads: tuple[str, ...] = ()  # These heads of the model, by dotted name, must be plain: their logits are never made.
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
+    def __init__(self, model: Any, impl: str, workspace_mb: float | str, keep_mb: float | str = 0) -> None:
         self.model, self.published = model, type(model).forward
         self.options: dict[str, Any] = {"impl": impl, "workspace_mb": workspace_mb}
+        self.of_losses = {**self.options, "keep_mb": keep_mb}
         self.__signature__ = inspect.signature(MethodType(self.published, model))
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.model, *self.options.values()
+        return self.model, *self.of_losses.values()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         type(self).__init__(self, *state)
@@ -52,7 +53,9 @@ class Forward:
         """Raise for keywords of the trainer's calls that cannot be served, before training starts. By default, none."""
 
 
-def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_mb: float | str) -> Any:
+def attach(
+    model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_mb: float | str, keep_mb: float | str = 0
+) -> Any:
     """Check everything, then let `model.forward` be one of the kind that serves its class; returns `model`.
 
     `kinds` names each published class as "module:Class"; a subclass of one is served where it changes no method.
@@ -62,6 +65,7 @@ def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_
         TypeError, RuntimeError: no published model of the table, or a modified one, or a head is not a plain linear.
     """
     checks.choice("impl", impl, IMPLS)
+    checks.keep_bytes(keep_mb)
     served = [(c, kinds[name]) for c in type(model).__mro__ if (name := _name(c)) in kinds]
     if not served:
         checks.fail(
@@ -74,7 +78,7 @@ def attach(model: Any, kinds: Mapping[str, type[Forward]], impl: str, workspace_
     for method, *names in kind.methods:
         require_unmodified(model, published, method)
         require_names(getattr(published, method), *names)
-    forward = kind(model, impl, workspace_mb)
+    forward = kind(model, impl, workspace_mb, keep_mb)
     for name in forward.heads:
         linear_head(model, name)
     forward.check()

@@ -112,13 +112,21 @@ class Layout:
         return rows if first == 0 else rows - first
 
     def whole(self) -> Chunk:
-        """All pairs as one chunk. Segments that a cut between chunks divided are one again."""
+        """All pairs as one chunk."""
+        return self.joined(0, len(self.chunks))
+
+    def joined(self, first: int, last: int) -> Chunk:
+        """The chunks `first:last` as one. Segments that a cut between chunks divided are one again."""
         segments: list[Segment] = []
-        for segment in (segment for chunk in self.chunks for segment in chunk.segments):
+        chunks = self.chunks[first:last]
+        for segment in (segment for chunk in chunks for segment in chunk.segments):
             if segments and segments[-1].source == segment.source and segments[-1].stop == segment.start:
                 segment = segments.pop()._replace(stop=segment.stop)
             segments.append(segment)
-        return Chunk(0, self.num_pairs, tuple(segments), slice(0, self.num_targets))
+        if not chunks:
+            return Chunk(0, 0, (), slice(0, 0))
+        targets = slice(chunks[0].targets.start, chunks[-1].targets.stop)
+        return Chunk(chunks[0].start, chunks[-1].stop, tuple(segments), targets)
 
     def per_pair(self, x: Tensor) -> Tensor:
         """`x` `[..., N]`, per draft row, as `[..., P]`, per pair."""

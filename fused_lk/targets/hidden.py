@@ -27,6 +27,8 @@ class HiddenTiles(Tiles):
     results.
     """
 
+    of_product = True
+
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, exact: bool = False) -> None:
         self.kind = "exact_hidden" if exact else "hidden"
         biased = len(tensors) in (3, 6)

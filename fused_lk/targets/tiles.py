@@ -23,11 +23,13 @@ class Tiles:
         dtype: the dtype of the logits, wherever they are written.
         device, num_rows, vocab_size: of all the logits that a walk may ask for.
         in_place: whether the caller holds these very logits, so that a walk needs no workspace for them.
+        of_product: whether writing them takes a matrix product.
         restricts_draft: whether the draft, too, is renormalised on the tokens that the target can say.
     """
 
     kind: str
     in_place = False
+    of_product = False
     restricts_draft = False
 
     def __init__(self, tensors: Sequence[Tensor], vocab_size: int, dtype: torch.dtype) -> None:

@@ -43,16 +43,36 @@ class Costs:
         self.saved = 5 + 3 * len(f.terms)  # numbers per pair: `base [5]`, `values [T]` and `saved [2, T]`
 
     @property
-    def draft_gemms(self) -> int:
-        recomputes = self.needs_gradient and not self.plan.one_pass
-        return 1 + self.facts.needs_hidden + self.facts.needs_weight + recomputes
+    def draft_flops(self) -> int:
+        f = self.facts
+        return (1 + f.needs_hidden + f.needs_weight) * self.one_gemm + self.again * self.one_gemm // max(f.num_pairs, 1)
+
+    @property
+    def again(self) -> int:
+        """The pairs whose logits are made again in the backward."""
+        if self.plan.one_pass or not self.needs_gradient:
+            return 0
+        return self.facts.num_pairs if self.facts.kept.z is None else self.plan.rest.num_pairs
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.facts.kept_bytes(self.plan.kept.num_pairs, self.plan.kept.num_targets)
+
+    def saved_by_a_mib(self) -> float:
+        """The share of a draft product that a further MiB of kept logits saves, while there is one to save."""
+        f = self.facts
+        saved = self.one_gemm + (f.kept.t is not None) * self._of_target(f.num_targets)
+        return saved / max(self.one_gemm, 1) * gemm.MIB / max(f.kept_bytes(f.num_pairs, f.num_targets), 1)
+
+    def _of_target(self, rows: int) -> int:
+        return 2 * rows * self.target.hidden_size * self.facts.vocab_size
 
     def target_flops(self) -> int:
         """The flops of the target's logits on the draft vocabulary, and of the pass over its full vocabulary."""
         target, flops = self.target, 0
         if target.kind == "hidden":
-            passes = 1 + (self.needs_gradient and not self.plan.one_pass)
-            flops = 2 * passes * self.facts.num_targets * target.hidden_size * self.facts.vocab_size
+            again = self.plan.targets_again.num_targets if self.needs_gradient and not self.plan.one_pass else 0
+            flops = self._of_target(self.facts.num_targets + again)
         return flops + target.streams * 2 * target.num_rows * target.hidden_size * target.vocab_size
 
     def floor_flops(self, from_hidden: bool) -> int:
@@ -71,7 +91,7 @@ class Costs:
         if self.plan.one_pass:
             return self.d_hidden + self.d_weight(gemm.held_dtype(self.facts.dtype).itemsize)
         columns = 8 * (1 + ("ce" in self.facts.terms))  # the draft's argmax, and the label
-        return self.facts.num_pairs * (self.saved * self.facts.accumulator.itemsize + columns)
+        return self.facts.num_pairs * (self.saved * self.facts.accumulator.itemsize + columns) + self.kept_bytes
 
     def at_peak(self) -> Parts:
         """What is alive when the most is."""
@@ -88,10 +108,10 @@ class Costs:
     def _moments(self) -> list[Parts]:
         f, plan = self.facts, self.plan
         wide = gemm.wide_dtype(f.dtype)
-        always = (("statistics", self._vector_bytes()), ("cached logits", self._cached()))
-        moments: list[Parts] = [(*always, *self._row_walk(self.needs_gradient and plan.one_pass))]
-        if self.target.streams:
-            moments.append((*always, *self._stream()))
+        always: Parts = (("statistics", self._vector_bytes()), ("cached logits", self._cached()))
+        moments: list[Parts] = [(*always, *self._stream())] if self.target.streams else []
+        always = (*always, ("kept logits", self.kept_bytes))
+        moments.append((*always, *self._row_walk(self.needs_gradient and plan.one_pass)))
         if not self.needs_gradient:
             return moments
         dh, dw, dw_wide = self.d_hidden, self.d_weight(f.dtype.itemsize), self.d_weight(wide.itemsize)
@@ -105,12 +125,13 @@ class Costs:
         rows = f.num_pairs * f.hidden_size
         dh_wide = rows * wide.itemsize if f.needs_hidden else 0
         gathered = rows * f.dtype.itemsize if self.gathers or f.num_sources > 1 else 0
+        targets = plan.targets_again.num_targets
         walk = (
-            ("tiles", self._tile_bytes(f.num_pairs, f.num_targets, plan.block_columns)),
+            ("tiles", self._tile_bytes(f.num_pairs, targets, plan.block_columns)),
             ("hidden states, gathered", gathered),
         )
         widest = max(self._rows(plan.block_columns), self._dequantized(plan.block_columns), key=_size)
-        blocks = (("target states, gathered", self._target_states(f.num_targets)), widest)
+        blocks = (("target states, gathered", self._target_states(targets)), widest)
         scratch = ("upcast blocks", self._scratch(f.num_pairs, plan.block_columns, f.hidden_size))
         held_wide = gemm.held_dtype(f.dtype) != f.dtype
         wide_block = wide.itemsize * plan.block_columns * f.hidden_size if held_wide else 0
@@ -129,7 +150,8 @@ class Costs:
         """What a chunk of full rows holds at its widest moment."""
         f, n = self.facts, self.pairs
         hidden = n * f.hidden_size * f.dtype.itemsize if self.gathers else 0
-        parts = (("tiles", self._tile_bytes(n, self.targets, f.vocab_size)), ("hidden states, gathered", hidden))
+        tiles = self._tile_bytes(*self.plan.workspace(makes_gradient), f.vocab_size)
+        parts = (("tiles", tiles), ("hidden states, gathered", hidden))
         rows, block = self._rows(f.vocab_size), self._dequantized(f.vocab_size)
         if not makes_gradient:
             of_target = (("target states, gathered", self._target_states(self.targets)), block)

@@ -214,6 +214,11 @@ class LogitsGradients:
 GradientsOfDraft = LinearGradients | LowRankGradients | LogitsGradients
 
 
+def narrowed(h: Tensor | tuple[Tensor, ...], pairs: slice) -> Tensor | tuple[Tensor, ...]:
+    """The hidden states of some of the pairs that `h`, the `rows` of a draft, has."""
+    return h[pairs] if isinstance(h, Tensor) else tuple(x[pairs] for x in h)
+
+
 def near_unit_scale(coefficients: Tensor) -> Tensor:
     """`[1]`: the power of two just above the largest finite magnitude; 1 where there is none.
 

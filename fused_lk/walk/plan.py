@@ -4,6 +4,7 @@
     objective, reduction             one pass, or the logits made again in the backward
     pairs, vocabulary, frozen head   a walk by rows, or by vocabulary
     tiles, workspace                 pairs and target rows of a chunk, columns of a block
+    chunks, `keep_mb`                how many chunks leave their logits to the backward, from the first on
 
 A run carries out the very `Plan` that `explain` prints.
 """
@@ -19,7 +20,7 @@ import torch
 
 from .. import checks, gemm
 from ..impls import row_ops
-from ..pairs.layout import Layout
+from ..pairs.layout import Chunk, Layout
 from ..pairs.pairs import Pairs
 from ..rows.interface import RowStats
 from .problem import Problem
@@ -45,6 +46,9 @@ class Tiles(NamedTuple):
     t: Any
 
 
+NO_TILES = Tiles(None, None, None)
+
+
 def tile_dtypes(
     dtype: torch.dtype, logits_dtype: torch.dtype | None, target: torch.dtype, in_place: tuple[bool, bool]
 ) -> Tiles:
@@ -55,6 +59,22 @@ def tile_dtypes(
     """
     z = torch.promote_types(dtype, logits_dtype or dtype)
     return Tiles(None if in_place[0] else z, dtype if z != dtype else None, None if in_place[1] else target)
+
+
+def kept_dtypes(z: torch.dtype | None, t: torch.dtype | None, linear: bool, of_product: bool) -> Tiles:
+    """The tiles, of those with dtypes `z` and `t`, that are worth keeping for the backward: what products filled."""
+    return Tiles(z if linear else None, None, t if of_product else None)
+
+
+def kept_rows(kept: Tiles, num_rows: int, vocab_size: int, keep: int) -> int:
+    """The rows of both tiles in a graph, whose shapes may not depend on the work list: each pair has its own target."""
+    return torch.sym_min(num_rows, keep // max(1, sum(_row_bytes(kept, vocab_size))))
+
+
+def _row_bytes(tiles: Tiles, columns: int) -> Tiles:
+    """Bytes of a row of each tile; 0 without one."""
+    stride = gemm.row_stride(columns)
+    return Tiles(*(0 if dtype is None else stride * dtype.itemsize for dtype in tiles))
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,9 @@ class Facts:
         tiles: the dtypes of the tiles.
         needs_hidden, needs_weight: which gradients are wanted. (For logits of the caller, the first is theirs.)
         terms: the divergences that are computed.
+        kept: the dtypes of the tiles that the backward can use again.
+        keep: the bytes that these may take in all.
+        static: whether shapes may depend on shapes alone, not on the work list.
     """
 
     pairs: Pairs
@@ -84,15 +107,19 @@ class Facts:
     device: torch.device
     budget: int | None
     terms: tuple[str, ...]
+    kept: Tiles = NO_TILES
+    keep: int = 0
+    static: bool = False
 
     @classmethod
-    def of(cls, problem: Problem) -> Facts:
+    def of(cls, problem: Problem, static: bool = False) -> Facts:
         k, tensors, pairs = problem.num_sources, problem.tensors, problem.pairs
         x, target = tensors[0], problem.target.tiles
         every_row = pairs.valid is None
         rank = sum(y.shape[-1] for y in tensors[problem.low_rank][-1:])
         unit = not problem.linear and all(y.stride(-1) == 1 for y in tensors[:k]) and not target.restricts_draft
         in_place = (unit and every_row and pairs.draft_rows is None, target.in_place and every_row)
+        tiles = tile_dtypes(x.dtype, problem.logits_dtype, target.dtype, in_place)
         return cls(
             pairs=pairs,
             num_rows=problem.num_rows,
@@ -101,13 +128,16 @@ class Facts:
             vocab_size=target.vocab_size,
             dtype=x.dtype,
             accumulator=problem.accumulator,
-            tiles=tile_dtypes(x.dtype, problem.logits_dtype, target.dtype, in_place),
+            tiles=tiles,
             needs_hidden=any(problem.needs[:k]),
             needs_weight=problem.linear and problem.needs[k],
             impl=problem.impl,
             device=x.device,
             budget=problem.budget,
             terms=problem.terms,
+            kept=kept_dtypes(tiles.z, tiles.t, problem.linear, target.of_product),
+            keep=problem.keep if any(problem.needs) else 0,
+            static=static,
         )
 
     @property
@@ -121,9 +151,13 @@ class Facts:
 
     def row_bytes(self, columns: int) -> tuple[int, int]:
         """Bytes of the tiles for one pair, and for one target row."""
-        stride = gemm.row_stride(columns)
-        z, g, t = (0 if dtype is None else stride * dtype.itemsize for dtype in self.tiles)
+        z, g, t = _row_bytes(self.tiles, columns)
         return z + g, t
+
+    def kept_bytes(self, pairs: int, targets: int) -> int:
+        """Bytes of the kept tiles for so many pairs and target rows."""
+        z, _, t = _row_bytes(self.kept, self.vocab_size)
+        return pairs * z + targets * t
 
 
 @dataclass(frozen=True)
@@ -175,15 +209,63 @@ class Plan:
         targets = max((c.targets.stop - c.targets.start for c in chunks), default=0)
         return max((c.stop - c.start for c in chunks), default=0), targets
 
+    @cached_property
+    def num_kept(self) -> int:
+        """How many chunks, from the first on, leave their logits to the backward."""
+        f, chunks = self.facts, self.layout.chunks
+        if self.one_pass or f.keep == 0 or f.kept_bytes(1, 1) == 0:
+            return 0
+        if f.static:
+            rows = kept_rows(f.kept, f.num_rows, f.vocab_size, f.keep)
+            return sum(c.stop <= rows for c in chunks)
+        return sum(f.kept_bytes(c.stop, c.targets.stop) <= f.keep for c in chunks)
+
+    @cached_property
+    def kept(self) -> Chunk:
+        """The chunks that leave their logits to the backward, as one."""
+        return self.layout.joined(0, self.num_kept)
+
+    @cached_property
+    def rest(self) -> Chunk:
+        """The other chunks, as one."""
+        return self.layout.joined(self.num_kept, len(self.layout.chunks))
+
+    @property
+    def targets_again(self) -> Chunk:
+        """What the backward makes target logits for, or reads them where they lie, as one chunk."""
+        return self.layout.whole() if self.facts.kept.t is None else self.rest
+
+    def workspace(self, gradient: bool) -> tuple[int, int]:
+        """Pairs and target rows of the workspace of a walk by rows: of the largest chunk that has no tile of its own.
+
+        A kept tile is never written again. So a gradient needs a place in the workspace.
+        """
+        chunks, kept = self.layout.chunks, self.facts.kept
+        rest = chunks[self.num_kept :]
+        pairs = (c.num_pairs for c in (chunks if gradient or kept.z is None else rest))
+        targets = (c.num_targets for c in (chunks if kept.t is None else rest))
+        return max(pairs, default=0), max(targets, default=0)
+
     def tiles(self, pairs: int, targets: int, columns: int) -> Tiles:
         """Unwritten tiles for that many pairs, target rows and columns."""
-        sizes = (pairs, pairs, targets)
-        device = self.facts.device
-        made = (
-            None if dtype is None else gemm.tile(rows, columns, dtype, device)
-            for rows, dtype in zip(sizes, self.facts.tiles, strict=True)
-        )
-        return Tiles(*made)
+        return _unwritten(self.facts.tiles, pairs, targets, columns, self.facts.device)
+
+    def kept_tiles(self) -> Tiles:
+        """Unwritten tiles for the logits of the kept chunks; None for those that are not kept."""
+        f = self.facts
+        pairs, targets = self.kept.num_pairs, self.kept.num_targets
+        if f.static and f.keep:
+            pairs = targets = kept_rows(f.kept, f.num_rows, f.vocab_size, f.keep)
+        dtypes = f.kept if pairs or (f.static and f.keep) else NO_TILES
+        return _unwritten(dtypes, pairs, targets, f.vocab_size, f.device)
+
+
+def _unwritten(dtypes: Tiles, pairs: int, targets: int, columns: int, device: torch.device) -> Tiles:
+    made = (
+        None if dtype is None else gemm.tile(rows, columns, dtype, device)
+        for rows, dtype in zip((pairs, pairs, targets), dtypes, strict=True)
+    )
+    return Tiles(*made)
 
 
 def empty_statistics(

@@ -36,6 +36,7 @@ class Problem:
         labels: int64, per draft row, the draft token that "ce" asks for, or -1; None: the target's argmax.
         jsd_beta: as in `lk_loss`.
         scores_argmax: whether the walk is to find the target's argmax for the caller.
+        keep: the bytes of logits that the forward may keep for the backward.
     """
 
     tensors: tuple[Tensor, ...]
@@ -53,6 +54,7 @@ class Problem:
     labels: Tensor | None = None
     jsd_beta: float = 0.5
     scores_argmax: bool = False
+    keep: int = 0
 
     @property
     def low_rank(self) -> slice:
@@ -97,9 +99,9 @@ def linear(
     logits_dtype: str | torch.dtype,
     *how: Any,
     second: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
-    scores: bool = False,
+    **also: Any,
 ) -> Problem:
-    """The problem of a draft with hidden states and an `lm_head`. `how` goes to `_checked`."""
+    """The problem of a draft with hidden states and an `lm_head`. `how` and `also` go to `_checked`."""
     weight, bias = checks.weight_here(weight), checks.weight_here(bias)
     checks.tensor("draft_lm_head_weight", weight, ndim=2, dtypes=checks.FLOATS)
     checks.not_empty("draft_lm_head_weight", weight, vocabulary=0, hidden_size=1)
@@ -131,14 +133,14 @@ def linear(
             remedy = f"Pass {convert}{name}.to({first}.dtype), or run under torch.autocast."
             checks.fail(expected, x, remedy, TypeError)
     wide = checks.wide_logits(logits_dtype)
-    return _checked(tuple(tensors), len(sources), True, wide, shape, weight.shape[0], target, *how, scores=scores)
+    return _checked(tuple(tensors), len(sources), True, wide, shape, weight.shape[0], target, *how, **also)
 
 
-def from_logits(logits: Tensor | Sequence[Tensor], target: Target, *how: Any, scores: bool = False) -> Problem:
+def from_logits(logits: Tensor | Sequence[Tensor], target: Target, *how: Any, **also: Any) -> Problem:
     """The problem of a draft whose logits the caller holds."""
     sources, shape = _sources("draft_logits", logits)
     checks.not_empty("draft_logits", sources[0], vocabulary=-1)
-    return _checked(sources, len(sources), False, None, shape, sources[0].shape[-1], target, *how, scores=scores)
+    return _checked(sources, len(sources), False, None, shape, sources[0].shape[-1], target, *how, **also)
 
 
 def _checked(
@@ -160,12 +162,15 @@ def _checked(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     *,
-    scores: bool,
+    scores: bool = False,
+    keep_mb: float | str = 0,
 ) -> Problem:
     checks.choice("impl", impl, IMPLS)
     transform = Transform(*checks.softmax("draft_temperature", draft_temperature, logit_scale, softcap))
-    budget = checks.workspace_bytes(workspace_mb)
+    budget, keep = checks.workspace_bytes(workspace_mb), checks.keep_bytes(keep_mb)
     device = tensors[0].device
+    if keep is None:
+        keep = gemm.default_budget(device) if budget is None else budget
     if not isinstance(target, Target):
         remedy = "Build one: Target.from_hidden, from_logits, ..."
         checks.fail("target to be a fused_lk.Target", target, remedy, TypeError)
@@ -200,7 +205,7 @@ def _checked(
     jsd_beta = checks.share("jsd_beta", jsd_beta)
     if labels is not None:
         labels = _columns(labels, shape, target, device)
-    of_terms = (all_terms(*terms), labels, jsd_beta, scores and target.finds_argmax)
+    of_terms = (all_terms(*terms), labels, jsd_beta, scores and target.finds_argmax, keep)
     made = Problem(*given, target, pairs, shape, impl, budget, needs, *of_terms)
     check_target_rows(pairs, made.num_rows, tiles.num_rows, target.computed)
     if checks.checks_contents(tensors[0], only_if_asked=True):

@@ -75,7 +75,7 @@ class DFlash(seams.Forward):
         else:
             target = Target.from_hidden(target_hidden, head.weight, mask, bias=head.bias, **self.options)
             more = {"terms": ("ce", "l1"), "top1": True}
-        more |= {"labels": labels, "low_rank": low_rank, "mask": mask, **self.options}
+        more |= {"labels": labels, "low_rank": low_rank, "mask": mask, **self.of_losses}
         return lk_divergences(hidden, head.weight, target, bias=head.bias, **more)
 
 

@@ -42,8 +42,8 @@ class Distilled(seams.Forward):
         None  # the trainer's, whose `forward` now hands over its input, which the model is given as target
     )
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
+    def __init__(self, model: Any, *how: Any) -> None:
+        super().__init__(model, *how)
         self.vocab = seams.Memo(DraftVocab)
         self.head = seams.Memo(self._make_head)
 
@@ -168,7 +168,7 @@ class _Step:
         rows = torch.stack([r["target_p"].squeeze(-1) for r in records])
         supervised = torch.stack([r["position_mask"].squeeze(-1) for r in records]) != 0
         pairs = Pairs(supervised, rows)
-        d = lk_divergences(hidden, head.weight, self.target, bias=head.bias, pairs=pairs, **self.kept.options)
+        d = lk_divergences(hidden, head.weight, self.target, bias=head.bias, pairs=pairs, **self.kept.of_losses)
         cross_entropy = torch.where(supervised, d.kl + self.entropy[rows.clamp(min=0)], 0)
         steps = [self._acc_and_loss(d[k], cross_entropy[k], supervised[k], r) for k, r in enumerate(records)]
         return tuple(map(list, zip(*steps, strict=True)))

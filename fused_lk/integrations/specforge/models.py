@@ -22,7 +22,14 @@ KINDS: dict[str, type[seams.Forward]] = {
 }
 
 
-def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto", target_head: Any = None) -> Any:
+def apply(
+    model: Any,
+    *,
+    impl: str = "auto",
+    workspace_mb: float | str = "auto",
+    keep_mb: float | str = 0,
+    target_head: Any = None,
+) -> Any:
     """Let a training model of SpecForge compute its losses from hidden states; returns `model`.
 
     What its forward returns stays the same: losses, metrics, and all their gradients; the modules of the kinds name the
@@ -33,7 +40,7 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto",
 
     Args:
         model: the training model, of a class in `KINDS`; only this instance changes.
-        impl, workspace_mb: as in `fused_lk.lk_divergences`.
+        impl, workspace_mb, keep_mb: as in `fused_lk.lk_divergences`.
         target_head: of EAGLE-3 and P-EAGLE, the trainer's `TargetHead`, by which it makes the target's logits from
             captured hidden states before it calls the model. It then hands over the hidden states, and those logits
             never exist either. Only for as long as the model is applied.
@@ -45,7 +52,7 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto",
     """
     seams.require_version("specforge", TESTED)
     before = vars(model).get("forward")
-    seams.attach(model, KINDS, impl, workspace_mb)
+    seams.attach(model, KINDS, impl, workspace_mb, keep_mb)
     _give_back(before)
     if target_head is None:
         return model

@@ -54,7 +54,7 @@ class PEagle(Distilled):
         mask = (loss_mask != 0)[:, met]
         head = seams.linear_head(self.model, "draft_model.lm_head")
         pairs = Pairs(mask, met.expand(mask.shape))
-        options = {"terms": ("soft_ce",), "pairs": pairs, **self.options}
+        options = {"terms": ("soft_ce",), "pairs": pairs, **self.of_losses}
         d = lk_divergences(hidden, head.weight, target, bias=head.bias, **options)
         right = torch.nn.functional.one_hot((d.draft_token_ids == ids[:, met]).long(), 2)
         words = torch.tensor([0.0, 1.0], device=ids.device).expand(*ids.shape, 2)

@@ -33,8 +33,8 @@ class DFlash(Mixed):
     everywhere = False  # whether rows outside the loss mask have an argmax
     second: tuple[str, str] | None = None  # the module that makes a bias of low rank, and its head
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
+    def __init__(self, model: Any, *how: Any) -> None:
+        super().__init__(model, *how)
         from speculators.models.utils import conditional_torch_compile
 
         self.backbone = conditional_torch_compile(type(model)._backbone_forward)
@@ -67,7 +67,7 @@ class DFlash(Mixed):
         target_rows = torch.where(mask != 0, same, -1)
         which = same == at[0] if self.everywhere else needed(target_rows[0])
         target = TargetLogits(targets, verifier_head, self.options, same, which)
-        logits = DraftLogits([draft], lm_head, self.options, target, target_rows, terms, self.everywhere, second)
+        logits = DraftLogits([draft], lm_head, self.of_losses, target, target_rows, terms, self.everywhere, second)
         return hidden, Rows(logits, at), Rows(target, at), mask, positions
 
 

@@ -34,8 +34,8 @@ class _Recorded(Mixed):
 
     methods = (("forward", "compute_metrics", "lm_head", "verifier_lm_head"),)
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
+    def __init__(self, model: Any, *how: Any) -> None:
+        super().__init__(model, *how)
         from speculators.models.utils import conditional_torch_compile
 
         self.compute_metrics = inspect.unwrap(self.published).__globals__["compute_metrics"]
@@ -50,7 +50,7 @@ class _Recorded(Mixed):
         self, hidden: list[Tensor], target: TargetLogits, target_rows: Tensor, terms: tuple[str, ...], everywhere: bool
     ) -> list[Rows]:
         head = seams.linear_head(self.model, "lm_head")
-        draft = DraftLogits(hidden, head, self.options, target, target_rows, terms, everywhere)
+        draft = DraftLogits(hidden, head, self.of_losses, target, target_rows, terms, everywhere)
         return [
             Rows(draft, at)
             for at in torch.arange(target_rows.numel(), device=hidden[0].device).view_as(target_rows).unsqueeze(1)

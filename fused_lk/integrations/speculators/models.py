@@ -21,7 +21,7 @@ KINDS: dict[str, type[seams.Forward]] = {
 }
 
 
-def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto") -> Any:
+def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto", keep_mb: float | str = 0) -> Any:
     """Let a draft model of speculators compute its loss from hidden states; returns `model`.
 
     What its forward returns stays the same: draft tokens, loss, metrics, and all gradients; the modules of the kinds
@@ -33,11 +33,11 @@ def apply(model: Any, *, impl: str = "auto", workspace_mb: float | str = "auto")
 
     Args:
         model: the training model, of a class in `KINDS`; only this instance changes.
-        impl, workspace_mb: as in `fused_lk.lk_divergences`.
+        impl, workspace_mb, keep_mb: as in `fused_lk.lk_divergences`.
 
     Raises:
         ImportError: speculators is not installed. (Another version than the tested ones is a warning.)
         TypeError, RuntimeError: the model is not a published one, or its heads are not plain linears.
     """
     seams.require_version("speculators", TESTED)
-    return seams.attach(model, KINDS, impl, workspace_mb)
+    return seams.attach(model, KINDS, impl, workspace_mb, keep_mb)

@@ -29,8 +29,8 @@ class MTP(seams.Forward):
     methods = (("forward", "lm_head", "nn", "cross_entropy"),)
     heads = ("lm_head",)
 
-    def __init__(self, model: Any, impl: str, workspace_mb: float | str) -> None:
-        super().__init__(model, impl, workspace_mb)
+    def __init__(self, model: Any, *how: Any) -> None:
+        super().__init__(model, *how)
         from speculators.models.utils import conditional_torch_compile
 
         nn = SimpleNamespace(functional=SimpleNamespace(cross_entropy=self._cross_entropy))
@@ -55,5 +55,5 @@ class MTP(seams.Forward):
         head, counts = self.model.lm_head, labels != ignore_index
         certain = torch.zeros(*labels.shape, 1, device=labels.device)
         target = Target.from_topk(torch.where(counts, labels, 0).unsqueeze(-1), certain, head.weight.shape[0])
-        how = {"bias": head.bias, "mask": counts, **self.options}
+        how = {"bias": head.bias, "mask": counts, **self.of_losses}
         return lk_divergences(hidden.transpose(1, 2), head.weight, target, **how).kl
