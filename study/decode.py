@@ -61,6 +61,14 @@ class Counts:
         return 1 + self.accepted_tokens / max(1, self.drafts)
 
     @property
+    def acceptance_length_error(self) -> float:
+        """Its standard error, if drafts are taken as independent."""
+        n, mean = max(1, self.drafts), self.acceptance_length - 1
+        # accepted_at[k] drafts accept more than k tokens, and the square of a is the sum of 2 k + 1 over k < a.
+        square = sum((2 * k + 1) * count for k, count in enumerate(self.accepted_at)) / n
+        return math.sqrt(max(0.0, square - mean**2) / n)
+
+    @property
     def rates(self) -> list[float]:
         """Acceptance at token k: the share of drafts whose tokens up to k are all accepted (as vLLM counts it)."""
         return [n / max(1, self.drafts) for n in self.accepted_at]

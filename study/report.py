@@ -79,7 +79,13 @@ def decoding_table(results: list[Trained], temperature: float) -> str:
         (".3f", lambda c: c.acceptance_length),
         *((".3f", lambda c, k=k: c.rates[k]) for k in range(length)),
     ]
-    rows = [[r.name, *(spread([of(c) for c in r.decoded[temperature]], form) for form, of in counted)] for r in results]
+    rows = []
+    for result in results:
+        counts = result.decoded[temperature]
+        row = [result.name, *(spread([of(c) for c in counts], form) for form, of in counted)]
+        if len(counts) == 1:
+            row[5] += f" ± {counts[0].acceptance_length_error:.3f}"
+        rows.append(row)
     return table(header, rows)
 
 
@@ -135,7 +141,11 @@ def write(settings: Settings, facts: dict[str, Any]) -> Path:
     results, folder = gathered(settings), settings.folder / "report"
     pictures = plots.draw(results, settings, folder)
     seeds = f"{len(settings.seeds)} seed{'s' if len(settings.seeds) > 1 else ''}"
-    spread_note = "± is the standard deviation over seeds." if len(settings.seeds) > 1 else "One seed: no spread."
+    spread_note = (
+        "± is the standard deviation over seeds."
+        if len(settings.seeds) > 1
+        else ("There is one seed: ± is the standard error of the mean over drafts, and says nothing of other seeds.")
+    )
     parts = [
         "# Does LK training raise acceptance?",
         f"{len(results)} losses, {seeds}, {settings.steps:,} steps of {settings.batch_rows} x "

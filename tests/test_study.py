@@ -157,6 +157,10 @@ def test_counts_add_up(models):
     assert counts.draft_tokens == 4 * counts.drafts
     assert counts.rates == sorted(counts.rates, reverse=True)
     assert counts.acceptance_length == pytest.approx(1 + sum(counts.rates))
+    exactly = [a - b for a, b in zip(counts.reached_at, counts.accepted_at, strict=True)] + counts.accepted_at[-1:]
+    lengths = torch.arange(1.0, 6).repeat_interleave(torch.tensor(exactly))
+    assert counts.acceptance_length == pytest.approx(float(lengths.mean()))
+    assert counts.acceptance_length_error == pytest.approx(float(lengths.std(correction=0)) / len(lengths) ** 0.5)
     both = counts + counts
     assert (both.drafts, both.accepted_tokens) == (2 * counts.drafts, 2 * counts.accepted_tokens)
     assert both.rates == counts.rates
