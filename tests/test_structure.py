@@ -14,8 +14,8 @@ import fused_lk
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "fused_lk", ROOT / "kernels")
 # What a call passes through, and the lines of all sources: a change that needs more of either has a reason to give.
-# (The last 1,300 lines: every draft kind of two trainers, and their launchers. 50 more: products that a device has. 250:
-# logits that are kept, in both walks, in graphs, and in what `explain` tells.)
+# (The last 1,300 lines: every draft kind of two trainers, and their launchers. 50 more: products that a device has.
+# 250: logits that are kept, in both walks, in graphs, and in what `explain` tells.)
 MOST_FRAMES, MOST_FILES, MOST_LINES = 7, 12, 10_780
 
 
