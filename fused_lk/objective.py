@@ -101,5 +101,5 @@ def total_variation(log_acceptance: Tensor) -> Tensor:
 def weighted(weight: float | Tensor, x: Tensor) -> Tensor:
     """`weight * x`. It is 0 where the weight is 0, whatever x holds, and NaN where the weight is NaN."""
     if isinstance(weight, Tensor):
-        return torch.where(weight == 0, 0.0, weight * x)
+        return (weight * x).masked_fill(weight == 0, 0.0)
     return weight * x if weight != 0 else torch.zeros_like(x)

@@ -196,7 +196,7 @@ class _Tokens:
     def __init__(self, problem: Problem, options: LossOptions, layout: Layout) -> None:
         self.problem, self.options, self.layout = problem, options, layout
         self.num_positions = problem.pairs.num_positions
-        self.called: Tensor | None = None  # what a function as objective made of each pair
+        self.losses: Tensor | None = None  # of each pair, once they are made
         if layout.weights is None:
             self.weights = torch.ones(layout.num_pairs, dtype=problem.accumulator, device=problem.device)
         else:
@@ -210,7 +210,8 @@ class _Tokens:
 
     def sums(self, x: Tensor) -> Tensor:
         """`[K]`, the weighted sums of `x` by position. Ignored rows count nothing, whatever they hold."""
-        return position_sums(weighted(self.weights, x), self.layout.positions, self.num_positions)
+        x = x if self.layout.weights is None else weighted(self.weights, x)  # without weights all pairs count alike
+        return position_sums(x, self.layout.positions, self.num_positions)
 
     def of_pair(self, x: Tensor) -> Tensor:
         """`x` `[K]`, per position, as `[P]`, per pair."""
@@ -270,15 +271,15 @@ class _Tokens:
 
     def per_token(self, stats: RowStats, objective: Objective) -> Tensor:
         """The loss of each pair, without its weight; 0 where the target has no answer."""
-        function = self.options.objective
-        if not callable(function):
-            return objective.per_token(stats.values, stats.supported())
-        if self.called is not None:
-            return self.called.detach()
-        made = losses_of(function(_divergences(self.problem, self.layout, stats)), self.problem.shape)
-        per_pair = self.layout.per_pair(made.reshape(-1)).to(self.weights.dtype)
-        self.called = torch.where(stats.supported(), per_pair, 0.0)
-        return self.called
+        if self.losses is None:
+            function = self.options.objective
+            if callable(function):
+                made = losses_of(function(_divergences(self.problem, self.layout, stats)), self.problem.shape)
+                per_pair = self.layout.per_pair(made.reshape(-1)).to(self.weights.dtype)
+                self.losses = torch.where(stats.supported(), per_pair, 0.0)
+            else:
+                self.losses = objective.per_token(stats.values, stats.supported())
+        return self.losses
 
     def output(self, loss: Tensor, stats: RowStats, objective: Objective) -> LKOutput:
         layout, target, w = self.layout, self.problem.target, self.weights
