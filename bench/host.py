@@ -48,8 +48,9 @@ class Count(TorchDispatchMode):
 
 def of_a_step(chunks: int, steps: int = 1, **options: Any) -> Count:
     """One step that walks so many chunks; the target from hidden states over a larger vocabulary."""
-    import fused_lk
     from fused_lk.kernels import launch
+
+    import fused_lk
 
     tokens, h, v, full = 256 * chunks, 64, 512, 640
     vocab = fused_lk.DraftVocab(torch.arange(full) < v)
