@@ -23,13 +23,18 @@ INTEGRATIONS = ("specforge", "speculators")
 # Where a path that is named in prose may start
 FOLDERS = (".", "fused_lk", "fused_lk/integrations", "bench", "tests", "examples")
 # Named, but not part of the repository: files of users, of trainers, and what commands write
-ELSEWHERE = re.compile(r"(run|train)\.yaml|tests/unit/.*|test_metrics\.py|demo/out/.*|.*\.egg-info|compat\.csv")
+ELSEWHERE = re.compile(r"(run|train)\.yaml|tests/unit/.*|test_metrics\.py|.*\.egg-info|compat\.csv")
 
 
 def pages() -> list[Path]:
     """What is checked."""
     root = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
-    return [*root, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("bench/*.md"))]
+    return [
+        *root,
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(ROOT.glob("bench/*.md")),
+        ROOT / "study" / "results" / "README.md",
+    ]
 
 
 def api() -> str:

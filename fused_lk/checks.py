@@ -263,17 +263,17 @@ def wide_logits(logits_dtype: str | torch.dtype) -> torch.dtype | None:
 
 def workspace_bytes(workspace_mb: float | str) -> int | None:
     """The bound in bytes; None for "auto"."""
-    if isinstance(workspace_mb, str):
-        if workspace_mb == "auto":
-            return None
-        fail('workspace_mb to be "auto" or a number', workspace_mb, "Pass a size in MiB.", TypeError)
-    return int(number("workspace_mb", workspace_mb, above=0) * 2**20)
+    return _bytes("workspace_mb", workspace_mb, "Pass a size in MiB.", above=0)
 
 
 def keep_bytes(keep_mb: float | str) -> int | None:
     """The bytes of logits that may be kept for the backward; None for "auto"."""
-    if isinstance(keep_mb, str):
-        if keep_mb == "auto":
-            return None
-        fail('keep_mb to be "auto" or a number', keep_mb, "Pass a size in MiB, 0 for none.", TypeError)
-    return int(number("keep_mb", keep_mb, minimum=0) * 2**20)
+    return _bytes("keep_mb", keep_mb, "Pass a size in MiB, 0 for none.", minimum=0)
+
+
+def _bytes(name: str, size: float | str, remedy: str, **bounds: Any) -> int | None:
+    if size == "auto":
+        return None
+    if isinstance(size, str):
+        fail(f'{name} to be "auto" or a number', size, remedy, TypeError)
+    return int(number(name, size, **bounds) * 2**20)

@@ -287,7 +287,7 @@ class _Walk:
         dtypes = tile_dtypes(facts.dtype, asked.logits_dtype, self.tiles.dtype, (False, False))._replace(g=None)
         self.plan = Plan.of(replace(facts, vocab_size=sizes[1], tiles=dtypes), one_pass=False)
         self.dtype, self.layout, self.sizes = asked.accumulator, self.plan.layout, sizes
-        budget = gemm.default_budget(asked.device) if asked.budget is None else asked.budget
+        budget = gemm.bound(asked.budget, asked.device)
         self.block_rows = max(1, budget // (sizes[1] * self.dtype.itemsize * _BUFFERS))
         self.names = [*MEASURES, *(f"{name}_{k}" for k in range(2, best + 1) for name in ("agreement", "hit"))]
 

@@ -192,7 +192,7 @@ def explain(
     tiles = tile_dtypes(dtype, checks.wide_logits(logits_dtype), of_target, where)
     budget, keep = checks.workspace_bytes(workspace_mb), checks.keep_bytes(keep_mb)
     if keep is None:
-        keep = gemm.default_budget(torch.device(device)) if budget is None else budget
+        keep = gemm.bound(budget, torch.device(device))
     facts = Facts(
         pairs=pairs,
         num_rows=num_rows,

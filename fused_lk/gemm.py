@@ -52,9 +52,9 @@ def is_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes of `workspace_mb="auto"`."""
-    return MIB * (CPU_WORKSPACE_MB if is_cpu(device) else DEFAULT_WORKSPACE_MB)
+def bound(given: int | None, device: torch.device) -> int:
+    """The bytes that were given, or those of `workspace_mb="auto"`."""
+    return MIB * (CPU_WORKSPACE_MB if is_cpu(device) else DEFAULT_WORKSPACE_MB) if given is None else given
 
 
 def row_stride(columns: int) -> int:
@@ -75,7 +75,7 @@ def tile(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> T
 
 def rows_of_a_tile(vocab_size: int, num_rows: int, itemsize: int, device: torch.device, budget: int | None) -> int:
     """The rows of a tile for a pass over `num_rows` rows, in the fewest equal pieces that fit the budget."""
-    budget = default_budget(device) if budget is None else budget
+    budget = bound(budget, device)
     most = max(1, budget // (row_stride(vocab_size) * itemsize))
     return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 

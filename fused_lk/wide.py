@@ -3,8 +3,8 @@
     "mm"      a @ b in float32, rounded never
     "addmm"   total += a @ b, where the total is float32 and the factors are not
 
-Both are overloads of PyTorch's products. That one has a name says little: for two releases the second was there, and
-refused a float32 total. So the device is asked, once for each dtype, with the very call that will be made.
+Both are overloads of PyTorch's products. That one has a name says little: a release may have the second and refuse a
+float32 total (below). So the device is asked, once for each dtype, with the very call that will be made.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-# For where nothing can be run: on a machine without the device, and while a graph is traced or captured. The first
-# release serves "mm" as it should. A float32 total was refused ("self and mat2 must have the same dtype") until
-# PyTorch's pull request 167931; the libraries of 2.10 are the first that have it.
+# For where nothing can be run: on a machine without the device, and while a graph is traced or captured. By PyTorch's
+# issue 154086, CUDA refused a float32 total ("self and mat2 must have the same dtype") until pull request 167931. The
+# CUDA libraries of 2.10 and 2.11 hold the text of the check that permits it, those of 2.8 and 2.9 do not.
 _FIRST_RELEASE = {"mm": (2, 8), "addmm": (2, 10)}
 
 _ANSWERS: dict[tuple[str, str, torch.dtype], bool] = {}

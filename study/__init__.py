@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait for one another sleep. By default they spin, and where another program wants the core, a pass that
-# waits for a spinning thread takes many times as long. It must be said before torch starts its threads.
+# Threads that wait for one another sleep. By default they spin, and on a busy machine they spin away the time of those
+# that they wait for. It must be said before torch starts its threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

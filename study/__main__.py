@@ -25,7 +25,7 @@ from .settings import FULL, QUICK, Settings, changed, fast_dtype
 
 def bench(settings: Settings) -> tuple[train.Bench, Any]:
     """What training and decoding share, and the tokenizer."""
-    model, tokenizer = target.load(settings, settings.torch_dtype)
+    model, tokenizer = target.load(settings)
     vocab = fused_lk.DraftVocab(features.vocabulary(settings))
     head = fused_lk.TargetHead(model.get_output_embeddings().weight, vocab)
     texts = []
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--device", default="cpu", help="such as cuda (it was run on a CPU alone)")
     parser.add_argument("--data", type=Path, help="JSONL of conversations, in place of the prompts of the study")
     parser.add_argument("--keep-answers", action="store_true", help="train on the answers of --data as they are")
     parser.add_argument(

@@ -18,6 +18,8 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "tv": ("TV", {"objective": "tv"}),
     "half": ("KL / 2 + TV / 2", {"objective": "lambda", "kl_weight": 0.5}),
 }
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CHOICES: dict[str, dict[str, Any]] = {"losses": LOSSES, "dtype": DTYPES}
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Settings:
     folder: Path = Path(".study")
     seed: int = 0  # of prompts, answers and decoding; training has `seeds`
     dtype: str = "float32"  # or "bfloat16": of all products, of the target's too
-    device: str = "cpu"
+    device: str = "cpu"  # the only kind that it was run on
 
     # The texts. An answer's sequence is cut at `sequence_length`, prompt included; half the prompts are answered at
     # temperature 1, half greedily, as deployed drafts meet both.
@@ -70,7 +72,7 @@ class Settings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def steps(self) -> int:
@@ -98,7 +100,7 @@ QUICK = Settings(
 
 
 def fast_dtype(device: str) -> str:
-    """bf16 on GPUs, and on processors that have tiles for it (AMX) and are several times faster with them."""
+    """bf16 on GPUs, and on processors that have tiles for it (AMX); elsewhere its products are emulated."""
     return "bfloat16" if device != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
@@ -108,21 +110,20 @@ def changed(settings: Settings, assignments: Sequence[str]) -> Settings:
     Raises:
         ValueError: no such setting, or a value of another type.
     """
-    kinds = {field.name: type(getattr(settings, field.name)) for field in fields(settings)}
+    known = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    known = {name: value for name, value in known.items() if type(value) in (int, float, str, tuple)}
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
-        if kinds.get(name) not in (int, float, str, tuple):
-            known = ", ".join(name for name, kind in kinds.items() if kind in (int, float, str, tuple))
-            raise ValueError(f"expected NAME=VALUE with a name of {known}; got {assignment!r}.")
+        if name not in known:
+            raise ValueError(f"expected NAME=VALUE with a name of {', '.join(known)}; got {assignment!r}.")
+        several = isinstance(known[name], tuple)
+        kind = type(known[name][0] if several else known[name])
         try:
-            if kinds[name] is tuple:
-                kind = type(getattr(settings, name)[0])
-                values[name] = tuple(kind(part) for part in text.split(","))
-            else:
-                values[name] = kinds[name](text)
+            given = [kind(part) for part in (text.split(",") if several else [text])]
         except ValueError:
-            raise ValueError(f"expected a value of {kinds[name].__name__} for {name}; got {text!r}.") from None
-    if unknown := set(values.get("losses", ())) - set(LOSSES):
-        raise ValueError(f"expected losses of {', '.join(LOSSES)}; got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"expected a value of {kind.__name__} for {name}; got {text!r}.") from None
+        if unknown := [value for value in given if value not in CHOICES.get(name, given)]:
+            raise ValueError(f"expected {name} of {', '.join(CHOICES[name])}; got {unknown[0]!r}.")
+        values[name] = tuple(given) if several else given[0]
     return replace(settings, **values)

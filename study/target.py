@@ -70,10 +70,10 @@ def _gguf() -> Path:
     return files[0]
 
 
-def load(settings: Any, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """`(model, tokenizer)` of `folder/target`: frozen, in eval mode, in `dtype` (default: that of the settings)."""
-    dtype = getattr(torch, settings.dtype) if dtype is None else dtype
-    model = AutoModelForCausalLM.from_pretrained(folder(settings), dtype=dtype, attn_implementation="grouped")
+def load(settings: Any) -> tuple[Any, Any]:
+    """`(model, tokenizer)` of `folder/target`: frozen, in eval mode, in the dtype of the settings."""
+    how = {"dtype": settings.torch_dtype, "attn_implementation": "grouped"}
+    model = AutoModelForCausalLM.from_pretrained(folder(settings), **how)
     return model.to(settings.device).eval().requires_grad_(False), tokenizer(settings)
 
 

@@ -76,6 +76,7 @@ def test_what_it_cannot_set(tmp_path, capsys):
     for wrong, told in (
         ("steps=3", "expected NAME=VALUE"),
         ("losses=ce", "expected losses"),
+        ("dtype=half", "expected dtype"),
         ("seeds=a", "expected a"),
     ):
         with pytest.raises(SystemExit):

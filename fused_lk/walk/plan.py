@@ -313,9 +313,9 @@ def _chunk(facts: Facts, accumulates_weight: bool) -> tuple[int, int, str]:
     """The pairs and target rows of a chunk of full rows that fits the budget, and what limited the pairs."""
     draft_row, target_row = facts.row_bytes(facts.vocab_size)
     per_pair = max(draft_row + target_row * facts.num_targets / max(facts.num_pairs, 1), 1)
-    budget, limit = facts.budget, "what the workspace holds"
-    if budget is None:
-        budget, cpu = gemm.default_budget(facts.device), gemm.is_cpu(facts.device)
+    budget, limit = gemm.bound(facts.budget, facts.device), "what the workspace holds"
+    if facts.budget is None:
+        cpu = gemm.is_cpu(facts.device)
         rows, why = ROWS_TO_HIDE_WEIGHT_TRAFFIC, "what hides the float32 traffic of dW on a GPU"
         if cpu:
             rows, why = MIN_CPU_ROWS, "the least that the products of a CPU want"
@@ -331,7 +331,7 @@ def _chunk(facts: Facts, accumulates_weight: bool) -> tuple[int, int, str]:
 
 def _block(facts: Facts) -> int:
     """The columns of a block over all pairs that fits the budget."""
-    budget = gemm.default_budget(facts.device) if facts.budget is None else facts.budget
+    budget = gemm.bound(facts.budget, facts.device)
     draft, target = facts.row_bytes(gemm.ROW_ALIGNMENT)
     columns = budget // max(1, facts.num_pairs * draft + facts.num_targets * target) * gemm.ROW_ALIGNMENT
     return min(max(columns, gemm.ROW_ALIGNMENT), facts.vocab_size)

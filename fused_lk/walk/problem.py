@@ -170,7 +170,7 @@ def _checked(
     budget, keep = checks.workspace_bytes(workspace_mb), checks.keep_bytes(keep_mb)
     device = tensors[0].device
     if keep is None:
-        keep = gemm.default_budget(device) if budget is None else budget
+        keep = gemm.bound(budget, device)
     if not isinstance(target, Target):
         remedy = "Build one: Target.from_hidden, from_logits, ..."
         checks.fail("target to be a fused_lk.Target", target, remedy, TypeError)

@@ -68,8 +68,7 @@ class _Named(torch.autograd.Function):
 
 def _rows(ids: Tensor, weight: Tensor, budget: int | None) -> int:
     """Rows whose columns of the weight fit the budget, twice."""
-    budget = gemm.default_budget(weight.device) if budget is None else budget
-    return max(1, budget // max(1, 2 * ids.shape[1] * weight.shape[1] * 4))
+    return max(1, gemm.bound(budget, weight.device) // max(1, 2 * ids.shape[1] * weight.shape[1] * 4))
 
 
 def _blocks(count: int, step: int) -> Iterator[slice]:
