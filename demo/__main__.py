@@ -26,19 +26,20 @@ from .show import Show
 DEMO = Settings(
     "demo",
     folder=Path(".study-demo"),
-    num_prompts=128,
-    num_heldout=16,
-    answer_tokens=64,
-    answer_shard=64,
+    num_prompts=96,
+    num_heldout=8,
+    answer_tokens=48,
+    answer_shard=96,
     draft_vocab_size=4096,
     losses=("kl", "lambda"),
     seeds=(0,),
-    train_tokens=40_000,
-    evaluations=4,
-    checkpoints=4,
-    decode_prompts=16,
-    decode_tokens=48,
-    decode_batch=16,
+    train_tokens=25_600,
+    evaluations=2,
+    checkpoints=2,
+    draft_tokens=4,
+    decode_prompts=8,
+    decode_tokens=32,
+    decode_batch=8,
     timed_prompts=1,
 )
 PROMPTS = (
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, metavar="TEXT", help="what the model is asked")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the shown text")
-    parser.add_argument("--tokens", type=int, default=64, help="of a shown answer, at most")
+    parser.add_argument("--tokens", type=int, default=48, help="of a shown answer, at most")
     parser.add_argument("--folder", type=Path, default=DEMO.folder, help="what is found there is not made again")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any of study/settings.py")
