@@ -13,12 +13,13 @@ demo: $(VENV)/.study
 study: $(VENV)/.study
 	$(BIN)/python -m study $(ARGS)
 
-# The second run is of what depends on the last bits: in another instruction set, on one thread.
+# A process a core. The second run is of what depends on the last bits: in another instruction set, on two threads.
+PARALLEL := -n logical --maxprocesses=8 --dist=loadfile
 test: $(READY) $(OLDEST)
-	$(BIN)/python -m pytest
-	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE FUSED_LK_TEST_THREADS=1 $(BIN)/python -m pytest -k "not triton" \
-		tests/test_hard_rows.py tests/test_extremes.py tests/test_precision.py tests/test_not_a_number.py \
-		tests/test_oracle.py
+	$(BIN)/python -m pytest $(PARALLEL)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE FUSED_LK_TEST_THREADS=2 $(BIN)/python -m pytest $(PARALLEL) \
+		-k "not triton" tests/test_hard_rows.py tests/test_extremes.py tests/test_precision.py \
+		tests/test_not_a_number.py tests/test_oracle.py
 
 # On a machine with a GPU, PyTorch and Triton: its own Python (PYTHON=...), nothing installed or downloaded.
 gpu:

@@ -19,9 +19,11 @@ else:
 
     torch.Generator = Generator  # type: ignore[misc]
 
-# Small tensors in many tests: threads cost more than they bring. (`make test` runs some tests on one thread, too: other
-# sums, other last bits.)
-torch.set_num_threads(int(os.environ.get("FUSED_LK_TEST_THREADS", "2")))
+# Small tensors in many tests, and a process a core: threads cost more than they bring. (`make test` runs some tests on
+# two threads, too: other sums, other last bits.) They sleep when they wait, in child processes too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("FUSED_LK_TEST_THREADS", "1"))
+torch.set_num_threads(int(os.environ.get("FUSED_LK_TEST_THREADS", "1")))
 
 # Tests that search for examples find the same ones in every run.
 settings.register_profile("default", derandomize=True, database=None, deadline=None)

@@ -247,7 +247,7 @@ EXPLAIN = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, match", EXPLAIN, ids=[str(row[0]) for row in EXPLAIN])
+@pytest.mark.parametrize("changes, error, match", EXPLAIN, ids=[", ".join(row[0]) for row in EXPLAIN])
 def test_explain_refuses_shapes_that_cannot_be(changes, error, match):
     good = {"num_tokens": 8, "hidden_size": 4, "draft_vocab_size": 9, "target_vocab_size": 12}
     assert fused_lk.explain(**good).num_pairs == 8

@@ -292,7 +292,8 @@ def test_checkpoints_of_specforge(ranks, wrapping):
     for of_rank, *_ in ranks:
         (trained, published, resumed), missing, unexpected = of_rank[wrapping][2]
         assert_results_alike(published, trained, RTOL[SPECFORGE[wrapping][1]])
-        assert_results_alike(resumed, trained, rtol=0)
+        # The same numbers; their last bits depend on where a product's buffers begin.
+        assert_results_alike(resumed, trained, RTOL[torch.float32])
         assert missing == ["embed_tokens.weight"] and not unexpected, "it is frozen: the target has it"
 
 
