@@ -13,6 +13,7 @@ The draft here looks at its own row alone. Put your attention over the ranks (ri
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -117,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(given.steps)
     finally:
+        # DDP is freed by the collector alone. Until then gloo's threads live, and they may meet the end of Python.
+        gc.collect()
         dist.destroy_process_group()
 
 

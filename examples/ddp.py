@@ -11,6 +11,7 @@ weight is read there, and DDP has to see that. On GPUs open the group with "nccl
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(given.steps)
     finally:
+        # DDP is freed by the collector alone. Until then gloo's threads live, and they may meet the end of Python.
+        gc.collect()
         dist.destroy_process_group()
 
 

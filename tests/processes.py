@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,4 +37,6 @@ def _main(rank: int, function: Callable[..., Any], directory: str, arguments: tu
     try:
         torch.save(function(rank, *arguments), f"{directory}/{rank}.pt")
     finally:
+        # DDP is freed by the collector alone. Until then gloo's threads live, and they may meet the end of Python.
+        gc.collect()
         dist.destroy_process_group()
