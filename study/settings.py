@@ -61,6 +61,7 @@ class Settings:
     evaluations: int = 10  # on held-out texts, along the way
     checkpoints: int = 20  # along the way: what a kill loses at most is the time between two
     workspace_mb: float = 32.0
+    keep_mb: float = 96.0  # logits of a step, for losses that wait for the batch: one product less
 
     # Decoding: K tokens a draft, as in SpecForge's report.
     draft_tokens: int = 7
@@ -88,7 +89,7 @@ QUICK = Settings(
     num_prompts=480,
     num_heldout=48,
     answer_tokens=96,
-    losses=("kl", "lambda"),
+    losses=("kl", "alpha"),
     seeds=(0,),
     train_tokens=120_000,
     evaluations=5,

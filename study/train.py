@@ -156,7 +156,7 @@ def _scored(
     )
     out = fused_lk.lk_loss(
         hidden, draft.head.weight, target, pairs=pairs,
-        position_decay=settings.position_decay, workspace_mb=settings.workspace_mb, **loss,
+        position_decay=settings.position_decay, workspace_mb=settings.workspace_mb, keep_mb=settings.keep_mb, **loss,
     )  # fmt: skip
     return out, pairs
 
