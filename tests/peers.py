@@ -1,15 +1,19 @@
 """The published packages that the tests compare with, and what loading them takes.
 
 A peer that cannot be imported is an error of the test run, never a skip: parity that was not checked is not parity.
-`requirements/peers-deps.txt` lists what their modules import.
+`requirements/peers-deps.txt` lists what their modules import. The exception is `make gpu`, whose machine need not have
+them: there, what compares with one that is not installed is skipped.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -27,6 +31,22 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
 
 
+def _installed(load: Callable[[], Any]) -> Callable[[], Any]:
+    @functools.wraps(load)
+    def loaded() -> Any:
+        try:
+            return load()
+        except ModuleNotFoundError as error:
+            if os.environ.get("FUSED_LK_TEST_DEVICE", "cpu") == "cpu":
+                raise
+            import pytest
+
+            pytest.skip(f"{error.name} is not installed")
+
+    return loaded
+
+
+@_installed
 def specforge() -> SimpleNamespace:
     """`lk_loss`, `loss`, `compact_teacher` (modules of `specforge.core`); training models and drafts of every kind."""
     with warnings.catch_warnings():
@@ -49,6 +69,7 @@ def specforge() -> SimpleNamespace:
         )
 
 
+@_installed
 def speculators() -> SimpleNamespace:
     """`eager`, `fused`, `utils` (modules of `speculators.losses`), `core` and `config` (EAGLE-3), `metrics`, `kinds`.
 
@@ -72,6 +93,7 @@ def speculators() -> SimpleNamespace:
     )
 
 
+@_installed
 def compressed_tensors() -> SimpleNamespace:
     """`compressors` and `quantization` of compressed-tensors."""
     return SimpleNamespace(
@@ -80,6 +102,7 @@ def compressed_tensors() -> SimpleNamespace:
     )
 
 
+@_installed
 def torchao() -> ModuleType:
     """`torchao.quantization`."""
     return importlib.import_module("torchao.quantization")
