@@ -20,6 +20,7 @@ HALF = replace(SHAPE, name="cpu-gate-half-masked", masked_share=0.5)
 CELLS = {
     "one pass": Cell(SHAPE, "ours-one-pass"),
     "default": Cell(SHAPE, "ours-default"),
+    "kept": Cell(SHAPE, "ours-kept"),
     "one pass, half masked": Cell(HALF, "ours-one-pass"),
     "default, half masked": Cell(HALF, "ours-default"),
     "l1": Cell(SHAPE, "ours-l1"),
@@ -56,6 +57,7 @@ class Gate:
 GATES = (
     Gate("one pass", "floor", 1.4, 2.5),
     Gate("default", "floor", 2.0, 3.6),
+    Gate("kept", "default", 0.9, 0.97),
     Gate("eager", "one pass", 2.5, 2.2, at_least=True),
     Gate("one pass", "compiled eager", 0.95, 1.1),
     Gate("one pass, half masked", "one pass", 0.6, 0.7),

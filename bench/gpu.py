@@ -51,7 +51,10 @@ TESTS = {
     "options": ("target", "heads", "terms", "positions", "offsets", "pairs", "evaluate", "metrics", "top1"),
 }
 # What a trainer would choose from.
-TRAINERS = ("specforge-eager", "specforge-compiled", "checkpointed", "ours-one-pass", "ours-recompute", "ours-default")
+TRAINERS = (
+    *("specforge-eager", "specforge-compiled", "checkpointed"),
+    *("ours-one-pass", "ours-recompute", "ours-default", "ours-kept"),
+)
 # Each touches every byte that a kernel reads or writes: one ragged vocabulary, all dtypes and optional arguments.
 SANITIZED = ["tests/test_kernels.py", "-k", "1031 or lse or columns"]
 # Of each kernel of one step: time, bytes of memory, share of the bandwidth, registers, occupancy.
@@ -102,7 +105,7 @@ def steps(device: str, out: Path) -> Iterator[Step]:
     yield from sanitized("racecheck")
     if (ncu := shutil.which("ncu")) is not None:
         profiler = [ncu, "--profile-from-start", "off", "--csv", "--log-file", str(out / "counters.csv")]
-        run_once = [sys.executable, "-m", "bench.one_step", shapes[0], *TRAINERS[-3:]]
+        run_once = [sys.executable, "-m", "bench.one_step", shapes[0], *TRAINERS[3:]]
         yield Step("counters", [*profiler, "--metrics", COUNTERS, *run_once], {})
     yield times("others", "--shapes", shapes[0])
     yield from (times(f"by-{grown}", "--shapes", "--series", grown) for grown in SERIES["cpu" if rehearsed else "gpu"])

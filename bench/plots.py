@@ -23,6 +23,7 @@ from .report import MIB, Row, read_csv
 STYLE: dict[str, tuple[str, str, str]] = {
     "ours-one-pass": ("fused, one pass", "#d62728", "o"),
     "ours-default": ("fused, the default", "#1f77b4", "s"),
+    "ours-kept": ("fused, logits kept", "#2ca02c", "*"),
     "ours-recompute": ("fused, recompute", "#17becf", "D"),
     "ours-l1": ("fused, L1", "#e377c2", "p"),
     "ours-mix": ("fused, three terms", "#9467bd", "h"),
@@ -34,7 +35,7 @@ STYLE: dict[str, tuple[str, str, str]] = {
     "liger-chunked": ("Liger, chunked KL", "#8fbc5a", "X"),
     "liger-jsd": ("Liger, fused JSD", "#a5c882", "d"),
     "liger-kl": ("Liger, fused KL", "#bcd4a2", "H"),
-    "torch-linear-ce": ("PyTorch, hard labels", "#c0a080", "*"),
+    "torch-linear-ce": ("PyTorch, hard labels", "#c0a080", "1"),
     "cut-cross-entropy": ("Apple, hard labels", "#d4bc9c", "8"),
 }
 # The default is a recompute too, and three lines of ours crowd the plot.

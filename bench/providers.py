@@ -226,6 +226,7 @@ PROVIDERS = {
             "LK-lambda per token, logits made again in the backward",
         ),
         Provider("ours-default", _ours(), "position", "LK-lambda per step (recompute)"),
+        Provider("ours-kept", _ours(keep_mb=1024.0), "position", "ours-default with its logits kept, up to 1 GiB"),
         Provider("ours-l1", _ours(objective="l1"), "l1", "L1, gradient in the forward"),
         Provider("ours-mix", _ours(objective=MIX), "mix", "a sum of three terms, gradient in the forward"),
         Provider(
