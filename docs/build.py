@@ -31,9 +31,7 @@ def pages() -> list[Path]:
     root = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
     return [
         *root,
-        *sorted(ROOT.glob("docs/*.md")),
-        *sorted(ROOT.glob("bench/*.md")),
-        ROOT / "study" / "results" / "README.md",
+        *(page for folder in ("docs", "bench", "study/results") for page in sorted(ROOT.glob(f"{folder}/*.md"))),
     ]
 
 
