@@ -116,7 +116,8 @@ def main() -> None:
     found = tiny(["specforge-eager", "ours-one-pass", "ours-default"])
     eager = found["specforge-eager"][1]
     for name, (seen, us) in found.items():
-        print(f"| {name} | {seen.operations} | {seen.views} | {seen.waits} | {us:.0f} | {us / eager:.2f} |")
+        title = providers.PROVIDERS[name].title
+        print(f"| {title} | {seen.operations} | {seen.views} | {seen.waits} | {us:.0f} | {us / eager:.2f} |")
 
 
 if __name__ == "__main__":

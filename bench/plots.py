@@ -17,26 +17,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .report import MIB, Row, read_csv
+from .report import MIB, Row, read_csv, title
 
-# By provider: what a reader calls it, colour, marker. Ours are saturated, others grey or pale, in every figure.
-STYLE: dict[str, tuple[str, str, str]] = {
-    "ours-one-pass": ("fused, one pass", "#d62728", "o"),
-    "ours-default": ("fused, the default", "#1f77b4", "s"),
-    "ours-kept": ("fused, logits kept", "#2ca02c", "*"),
-    "ours-recompute": ("fused, recompute", "#17becf", "D"),
-    "ours-l1": ("fused, L1", "#e377c2", "p"),
-    "ours-mix": ("fused, three terms", "#9467bd", "h"),
-    "specforge-eager": ("eager, as SpecForge", "#444444", "^"),
-    "specforge-compiled": ("compiled, as SpecForge", "#b58900", "<"),
-    "speculators-eager": ("eager, as speculators", "#888888", "v"),
-    "speculators-fused": ("speculators' kernels", "#b0b0b0", ">"),
-    "checkpointed": ("chunked, checkpointed", "#9b7fb5", "P"),
-    "liger-chunked": ("Liger, chunked KL", "#8fbc5a", "X"),
-    "liger-jsd": ("Liger, fused JSD", "#a5c882", "d"),
-    "liger-kl": ("Liger, fused KL", "#bcd4a2", "H"),
-    "torch-linear-ce": ("PyTorch, hard labels", "#c0a080", "1"),
-    "cut-cross-entropy": ("Apple, hard labels", "#d4bc9c", "8"),
+# By provider: colour and marker. Ours are saturated, others grey or pale, in every figure.
+STYLE: dict[str, tuple[str, str]] = {
+    "ours-one-pass": ("#d62728", "o"),
+    "ours-default": ("#1f77b4", "s"),
+    "ours-kept": ("#2ca02c", "*"),
+    "ours-recompute": ("#17becf", "D"),
+    "ours-l1": ("#e377c2", "p"),
+    "ours-mix": ("#9467bd", "h"),
+    "specforge-eager": ("#444444", "^"),
+    "specforge-compiled": ("#b58900", "<"),
+    "speculators-eager": ("#888888", "v"),
+    "speculators-fused": ("#b0b0b0", ">"),
+    "checkpointed": ("#9b7fb5", "P"),
+    "liger-chunked": ("#8fbc5a", "X"),
+    "liger-jsd": ("#a5c882", "d"),
+    "liger-kl": ("#bcd4a2", "H"),
+    "torch-linear-ce": ("#c0a080", "1"),
+    "cut-cross-entropy": ("#d4bc9c", "8"),
 }
 # The default is a recompute too, and three lines of ours crowd the plot.
 LEFT_OUT = ("ours-recompute",)
@@ -106,13 +106,13 @@ def _bar(axis: Any, y: int, row: Row) -> None:
     lower, upper = (
         max(0.0, s * (x / floor - value)) for s, x in ((-1, row.lower_quartile_ms), (1, row.upper_quartile_ms))
     )
-    colour = STYLE[row.provider][1]
+    colour = STYLE[row.provider][0]
     axis.barh(y, value, xerr=[[lower], [upper]], color=colour, height=0.75, error_kw={"lw": 1.2, "capsize": 2.5})
     axis.text(value + upper, y, f" {value:.2f}", va="center")
 
 
 def _label(name: str, rows: Sequence[Row]) -> str:
-    return STYLE[name][0] + " *" * any(row.less for row in rows if row.provider == name)
+    return title(name) + " *" * any(row.less for row in rows if row.provider == name)
 
 
 def _star(rows: Sequence[Row]) -> str:
@@ -137,7 +137,7 @@ def _scaling(rows: Sequence[Row]) -> Any:
         of_series = sorted((row for row in rows if row.series == name), key=lambda row: getattr(row, name))
         for provider in dict.fromkeys(row.provider for row in rows):
             points = [row for row in of_series if row.provider == provider]
-            label, colour, marker = STYLE[provider]
+            label, (colour, marker) = title(provider), STYLE[provider]
             x = [getattr(row, name) for row in points]
             style = {"color": colour, "marker": marker, "ms": 6, "lw": 2}
             of_time.plot(x, [row.median_ms for row in points], label=label, **style)

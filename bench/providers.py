@@ -36,6 +36,7 @@ class Provider:
     """One way to make the loss and its gradient.
 
     Attributes:
+        title: what tables and plots call it.
         prepare: `Inputs` -> `loss()`.
         semantics: key of `parity.ORACLES`.
         computes: what a call does, in a line. less: what it leaves out of what ours does; "" = nothing.
@@ -45,6 +46,7 @@ class Provider:
     """
 
     name: str
+    title: str
     prepare: Callable[[Inputs], Loss]
     semantics: str
     computes: str
@@ -182,9 +184,16 @@ def _torch_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("specforge-eager", plain(eager.specforge), "specforge", "LK-lambda per step, full logits"),
+        Provider(
+            "specforge-eager",
+            "eager, as SpecForge",
+            plain(eager.specforge),
+            "specforge",
+            "LK-lambda per step, full logits",
+        ),
         Provider(
             "speculators-eager",
+            "eager, as speculators",
             plain(eager.speculators),
             "speculators",
             "lk_hybrid: lambda per token, full logits on the draft vocabulary",
@@ -192,6 +201,7 @@ PROVIDERS = {
         ),
         Provider(
             "specforge-compiled",
+            "compiled, as SpecForge",
             _compiled(eager.specforge),
             "specforge",
             "specforge-eager under torch.compile",
@@ -199,6 +209,7 @@ PROVIDERS = {
         ),
         Provider(
             "checkpointed",
+            "chunked, checkpointed",
             plain(eager.checkpointed),
             "position",
             "LK-lambda per step, chunks of 512 rows, torch.utils.checkpoint",
@@ -206,6 +217,7 @@ PROVIDERS = {
         ),
         Provider(
             "liger-chunked",
+            "Liger, chunked KL",
             _liger_chunked(compiled=True),
             "kl",
             "Liger's chunked JSD at beta 0, compiled",
@@ -215,22 +227,37 @@ PROVIDERS = {
         ),
         Provider(
             "ours-one-pass",
+            "fused, one pass",
             _ours(objective="lambda", lambda_per="token", plan="one_pass"),
             "token",
             "LK-lambda per token, gradient in the forward",
         ),
         Provider(
             "ours-recompute",
+            "fused, recompute",
             _ours(objective="lambda", lambda_per="token", plan="recompute"),
             "token",
             "LK-lambda per token, logits made again in the backward",
         ),
-        Provider("ours-default", _ours(), "position", "LK-lambda per step (recompute)"),
-        Provider("ours-kept", _ours(keep_mb=1024.0), "position", "ours-default with its logits kept, up to 1 GiB"),
-        Provider("ours-l1", _ours(objective="l1"), "l1", "L1, gradient in the forward"),
-        Provider("ours-mix", _ours(objective=MIX), "mix", "a sum of three terms, gradient in the forward"),
+        Provider("ours-default", "fused, the default", _ours(), "position", "LK-lambda per step (recompute)"),
+        Provider(
+            "ours-kept",
+            "fused, logits kept",
+            _ours(keep_mb=1024.0),
+            "position",
+            "ours-default with its logits kept, up to 1 GiB",
+        ),
+        Provider("ours-l1", "fused, L1", _ours(objective="l1"), "l1", "L1, gradient in the forward"),
+        Provider(
+            "ours-mix",
+            "fused, three terms",
+            _ours(objective=MIX),
+            "mix",
+            "a sum of three terms, gradient in the forward",
+        ),
         Provider(
             "speculators-fused",
+            "speculators' kernels",
             _speculators_fused,
             "speculators",
             "lk_hybrid from full logits, their Triton kernels",
@@ -241,6 +268,7 @@ PROVIDERS = {
         ),
         Provider(
             "liger-jsd",
+            "Liger, fused JSD",
             _liger_jsd,
             "kl",
             "Liger's fused linear JSD at beta 0 (Triton)",
@@ -251,6 +279,7 @@ PROVIDERS = {
         ),
         Provider(
             "liger-kl",
+            "Liger, fused KL",
             _liger_kl,
             "kl",
             "Liger's fused linear KL (Triton), target probabilities made in full",
@@ -261,6 +290,7 @@ PROVIDERS = {
         ),
         Provider(
             "torch-linear-ce",
+            "PyTorch, hard labels",
             _cross_entropy(_torch_cross_entropy),
             "hard",
             "F.linear_cross_entropy, chunked",
@@ -271,6 +301,7 @@ PROVIDERS = {
         ),
         Provider(
             "cut-cross-entropy",
+            "Apple, hard labels",
             _cross_entropy(_cut_cross_entropy),
             "hard",
             "Apple's cut cross-entropy",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .providers import Provider
+from .providers import PROVIDERS, Provider
 from .shapes import Shape
 from .timing import PASSES, Measured
 
@@ -149,6 +149,11 @@ def _parse(name: str, text: str) -> Any:
     return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
 
 
+def title(provider: str) -> str:
+    """What a reader calls it."""
+    return PROVIDERS[provider].title
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A table per named shape: forward + backward, fastest first, providers that compute less marked."""
     named = [row for row in rows if not row.series]
@@ -160,7 +165,7 @@ def markdown(rows: Sequence[Row]) -> str:
         both.sort(key=lambda row: (row.median_ms is None, row.median_ms or 0.0))
         parts.append(_caption(both[0]))
         parts.append(
-            "| provider | forward ms | forward + backward ms (quartiles) | x floor | peak MiB | computes less |\n"
+            "| loss | forward ms | forward + backward ms (quartiles) | x floor | peak MiB | computes less |\n"
             "|---|---:|---:|---:|---:|---|"
         )
         parts[-1] += "".join("\n" + _line(forward[row.provider], row) for row in both)
@@ -187,10 +192,10 @@ def _caption(row: Row) -> str:
 
 def _line(forward: Row, both: Row) -> str:
     if both.median_ms is None:
-        return f"| {both.provider} | - | {both.status} | - | - | {both.less} |"
+        return f"| {title(both.provider)} | - | {both.status} | - | - | {both.less} |"
     spread = f"{both.median_ms:,.0f} ({both.lower_quartile_ms:,.0f} to {both.upper_quartile_ms:,.0f})"
     peak = "-" if both.peak_bytes is None else f"{both.peak_bytes / MIB:,.0f}"
     return (
-        f"| {both.provider} | {forward.median_ms:,.0f} | {spread} | {both.ratio_from_hidden:.2f} | {peak} | "
+        f"| {title(both.provider)} | {forward.median_ms:,.0f} | {spread} | {both.ratio_from_hidden:.2f} | {peak} | "
         f"{both.less or '-'} |"
     )

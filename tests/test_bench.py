@@ -49,7 +49,7 @@ def test_parity_gate_catches(how):
     def loss(inputs):
         return WRONG[how](eager.specforge(inputs), inputs)
 
-    wrong = Provider("wrong", lambda inputs: partial(loss, inputs), "specforge", "")
+    wrong = Provider("wrong", "wrong", lambda inputs: partial(loss, inputs), "specforge", "")
     assert parity.disagreement(wrong, SHAPES["cpu-ttt3-masked"]) != ""
 
 
@@ -187,6 +187,7 @@ def test_gate_arithmetic():
     times = {
         "one pass": 130,
         "default": 190,
+        "kept": 180,
         "one pass, half masked": 70,
         "default, half masked": 120,
         "eager": 390,
@@ -199,6 +200,7 @@ def test_gate_arithmetic():
     assert holds == {
         "one pass / floor": True,
         "default / floor": True,
+        "kept / default": False,
         "eager / one pass": True,
         "one pass / compiled eager": False,
         "one pass, half masked / one pass": True,
@@ -254,7 +256,7 @@ def test_plots_are_for_readers():
     assert set(drawn) == {"ratio", "scaling"}
     for figure in drawn.values():
         texts = [x for x in figure.findobj(plots.matplotlib.text.Text) if x.get_text()]
-        assert {plots.STYLE["ours-one-pass"][0]} <= {x.get_text() for x in texts}
+        assert {PROVIDERS["ours-one-pass"].title} <= {x.get_text() for x in texts}
         for text in texts:
             assert not any(name in text.get_text() for name in PROVIDERS if "-" in name)
             assert text.get_fontsize() / 72 * 800 / figure.get_size_inches()[0] >= 11, text
