@@ -15,8 +15,9 @@ import torch
 
 # For where nothing can be run: on a machine without the device, and while a graph is traced or captured. By PyTorch's
 # issue 154086, CUDA refused a float32 total ("self and mat2 must have the same dtype") until pull request 167931. The
-# CUDA libraries of 2.10 and 2.11 hold the text of the check that permits it, those of 2.8 and 2.9 do not.
-_FIRST_RELEASE = {"mm": (2, 8), "addmm": (2, 10)}
+# CUDA libraries of 2.10 and 2.11 hold the text of the check that permits it, those of 2.8 and 2.9 do not. But fake
+# tensors of 2.11 cannot make this call, because they take its dtype for beta. Those of 2.13 can.
+_FIRST_RELEASE = {"mm": (2, 8), "addmm": (2, 13)}
 
 _ANSWERS: dict[tuple[str, str, torch.dtype], bool] = {}
 
