@@ -11,6 +11,7 @@ starts. Settings are environment variables, because they reach all of these proc
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -61,8 +62,11 @@ class Applied:
         sys.stdout.flush()
         return model
 
-    def required(self) -> None:
-        """Raise where training has run and nothing was applied."""
+    def ended(self) -> None:
+        """Call it when training has run: it raises where nothing was applied."""
+        # DDP is freed by the collector alone. Until then gloo's threads outlive their process group, and the process
+        # aborts where they meet the end of Python (pytorch/pytorch pull request 179291).
+        gc.collect()
         if not self.models:
             checks.fail(
                 "the trainer to build its model where this launcher replaces it",

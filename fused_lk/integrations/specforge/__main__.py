@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     def train_applied(resolved: Any) -> int:
         result = train(resolved)
         if resolved.config.training.role != "producer":  # A producer only moves features.
-            applied.required()
+            applied.ended()
         return result
 
     plan = partial(launch_plan.build_launch_plan, worker_prefix=WORKER, torchrun_prefix=TORCHRUN)

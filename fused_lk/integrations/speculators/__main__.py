@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     def train_applied(config: Any) -> None:
         train(config)
         if not config.flatten()["dry_run"]:
-            applied.required()
+            applied.ended()
 
     with launch.replaced(cli, main=train_applied, Trainer=make_trainer):
         return app(arguments)
