@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 COLOURS = dict(
     zip(
-        ("kl", "alpha", "lambda", "lambda-token", "tv", "half"),
-        ("#4c72b0", "#3c8d5a", "#dd5f32", "#e0a030", "#8b6bb1", "#7f7f7f"),
+        ("kl", "alpha", "lambda", "lambda-token", "lambda-10", "tv", "half"),
+        ("#4c72b0", "#3c8d5a", "#dd5f32", "#e0a030", "#b5467a", "#8b6bb1", "#7f7f7f"),
         strict=True,
     )
 )

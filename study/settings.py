@@ -15,6 +15,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "alpha": ("LK-alpha", {"objective": "alpha"}),
     "lambda": ("LK-lambda", {"objective": "lambda", "eta": 3.0, "lambda_per": "position"}),
     "lambda-token": ("LK-lambda per token", {"objective": "lambda", "eta": 3.0, "lambda_per": "token"}),
+    "lambda-10": ("LK-lambda, eta 10", {"objective": "lambda", "eta": 10.0, "lambda_per": "position"}),
     "tv": ("TV", {"objective": "tv"}),
     "half": ("KL / 2 + TV / 2", {"objective": "lambda", "kl_weight": 0.5}),
 }
