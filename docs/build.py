@@ -31,7 +31,7 @@ def pages() -> list[Path]:
     root = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
     return [
         *root,
-        *(page for folder in ("docs", "bench", "study/results") for page in sorted(ROOT.glob(f"{folder}/*.md"))),
+        *(page for folder in ("docs", "bench", "study/results") for page in sorted(ROOT.glob(f"{folder}/**/*.md"))),
     ]
 
 

@@ -69,8 +69,11 @@ class Divergences:
 
     def __getitem__(self, index: Any) -> Divergences:
         """The divergences of some tokens. Where the draft was a list of TTT steps, `d[k]` has those of step k."""
-        own = {name: x[index] for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return Divergences(**own, terms={name: x[index] for name, x in self.terms.items()})
+        # By name, because torch.compile of torch 2.11 does not look into the __dict__ of a frozen dataclass.
+        own = (self.log_acceptance, self.kl, self.acceptance, self.draft_token_ids)
+        top = (self.draft_top1, self.target_top1, self.target_token_ids)
+        terms = {name: x[index] for name, x in self.terms.items()}
+        return Divergences(*(x[index] for x in own), terms, *(None if x is None else x[index] for x in top))
 
 
 @dataclass(frozen=True, repr=False)

@@ -95,7 +95,7 @@ QUICK = Settings(
     train_tokens=120_000,
     evaluations=5,
     checkpoints=10,
-    decode_prompts=16,
+    decode_prompts=32,
     decode_tokens=64,
     timed_prompts=3,
 )
