@@ -14,7 +14,7 @@ study: $(VENV)/.study
 	$(BIN)/python -m study $(ARGS)
 
 # A process a core. The second run is of what depends on the last bits: in another instruction set, on two threads.
-PARALLEL := -n logical --maxprocesses=8 --dist=loadfile
+PARALLEL := -n logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 test: $(READY) $(OLDEST)
 	$(BIN)/python -m pytest $(PARALLEL)
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE FUSED_LK_TEST_THREADS=2 $(BIN)/python -m pytest $(PARALLEL) \

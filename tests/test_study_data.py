@@ -536,11 +536,11 @@ def test_every_stage_goes_on_after_kill_9(made, tmp_path):
         drafts = [torch.load(where / path.relative_to(whole)) for where in (whole, tmp_path)]
         assert all(torch.equal(value, drafts[1][key]) for key, value in drafts[0].items())
     written = [*whole.rglob("train/*/*.jsonl"), *whole.rglob("decode/**/*.json")]
-    assert {path.parent.name for path in written} == {"kl-0", "lambda-0", "timed"}
+    assert {path.parent.name for path in written} == {"kl-0", "alpha-0", "timed"}
     for path in written:
         found = [
             re.sub(r'"seconds": .*', "", (where / path.relative_to(whole)).read_text()) for where in (whole, tmp_path)
         ]
         assert found[0] == found[1], path
-    assert {path.parent.name for path in whole.rglob("*.pt")} == {"kl-0", "lambda-0"}
+    assert {path.parent.name for path in whole.rglob("*.pt")} == {"kl-0", "alpha-0"}
     assert (tmp_path / "report" / "report.md").exists()
