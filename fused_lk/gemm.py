@@ -95,8 +95,8 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         upcast = x.to(out.dtype)
         step = block_rows(weight.shape[1])
         for start in range(0, weight.shape[0], step):
-            block = weight[start : start + step].to(out.dtype)
-            torch.mm(upcast, block.t(), out=out[:, start : start + step])
+            # without a name, under which a block would outlive its turn
+            torch.mm(upcast, weight[start : start + step].to(out.dtype).t(), out=out[:, start : start + step])
         if bias is not None:
             out.add_(bias)
 
@@ -108,10 +108,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif wide.gives_float32("addmm", a.device, a.dtype):
         wide.overload("addmm")(total, a, b, total.dtype, out=total)
     elif wide.gives_float32("mm", a.device, a.dtype):
-        for rows, factor in zip(*(x.split(block_rows(b.shape[1])) for x in (total, a)), strict=True):
-            part = torch.empty_like(rows, memory_format=torch.contiguous_format)
-            product_into(part, factor, b)
-            rows.add_(part)
+        step = block_rows(b.shape[1])
+        part = total.new_empty(min(step, len(total)), b.shape[1])
+        for rows, factor in zip(total.split(step), a.split(step), strict=True):
+            product_into(part[: len(rows)], factor, b)
+            rows.add_(part[: len(rows)])
     else:
         inner, step = _upcast_blocks(*b.shape)
         for first in range(0, b.shape[0], inner):
@@ -119,6 +120,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
             for start in range(0, a.shape[0], step):
                 rows = total[start : start + step]
                 torch.addmm(rows, a[start : start + step, first : first + inner].to(total.dtype), upcast, out=rows)
+            del upcast
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
