@@ -141,6 +141,8 @@ def test_the_sums_of_every_release(release, dtype, device, monkeypatch):
 @pytest.mark.parametrize("release", RELEASES)
 def test_where_nothing_can_be_run_the_release_decides(release, device, monkeypatch):
     calls = device(mm=mm, addmm=addmm)
+    # A build for CUDA asks the driver for a fake tensor too, where it is told that there is a card.
+    pretends = torch.version.cuda is None or torch.cuda.is_available()
     monkeypatch.setattr(torch, "__version__", TorchVersion(release))
     expected = (RELEASES[release][0] is mm, release in FAKE_TENSORS_ADD)
 
@@ -156,9 +158,10 @@ def test_where_nothing_can_be_run_the_release_decides(release, device, monkeypat
     with monkeypatch.context() as m:
         m.setattr(torch.compiler, "is_compiling", lambda: True)
         assert decided() == expected
-    with FakeTensorMode():
-        assert decided() == expected
-        assert not asked()
+    if pretends:
+        with FakeTensorMode():
+            assert decided() == expected
+            assert not asked()
     assert not wide.gives_float32("mm", torch.device("meta"), torch.bfloat16)
     assert not calls
     assert not wide._ANSWERS  # no guess is remembered: a later call may ask
