@@ -70,10 +70,11 @@ class Divergences:
     def __getitem__(self, index: Any) -> Divergences:
         """The divergences of some tokens. Where the draft was a list of TTT steps, `d[k]` has those of step k."""
         # By name, because torch.compile of torch 2.11 does not look into the __dict__ of a frozen dataclass.
-        own = (self.log_acceptance, self.kl, self.acceptance, self.draft_token_ids)
-        top = (self.draft_top1, self.target_top1, self.target_token_ids)
-        terms = {name: x[index] for name, x in self.terms.items()}
-        return Divergences(*(x[index] for x in own), terms, *(None if x is None else x[index] for x in top))
+        q, p, target = (
+            None if x is None else x[index] for x in (self.draft_top1, self.target_top1, self.target_token_ids)
+        )
+        own = (self.log_acceptance[index], self.kl[index], self.acceptance[index], self.draft_token_ids[index])
+        return Divergences(*own, {name: x[index] for name, x in self.terms.items()}, q, p, target)
 
 
 @dataclass(frozen=True, repr=False)
