@@ -123,12 +123,12 @@ def environment() -> dict[str, str]:
 def run(step: Step, out: Path, base: dict[str, str]) -> dict[str, Any]:
     """Run one step, shown and kept in a log; it and its children are ended at the limit."""
     print(f"== {step.name}: {' '.join(step.command)}", flush=True)
-    start, environment = time.monotonic(), {**base, **step.environment}
+    start = time.monotonic()
     with (out / f"{step.name}.log").open("w") as log:
         child = subprocess.Popen(
             step.command,
             cwd=ROOT,
-            env=environment,
+            env={**base, **step.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -214,8 +214,8 @@ def folder(options: argparse.Namespace, found: dict[str, Any], device: str) -> P
     """Of this card and commit; without a commit, of this day."""
     name = re.sub(r"[^a-z0-9]+", "-", card_name(device).lower()).strip("-")
     when = found["commit"][:8] or datetime.date.today().isoformat()
-    marks = [*["changed"] * bool(found["changed"]), *["rehearsal"] * options.rehearse]
-    return options.out / "-".join([name, when, *marks])
+    parts = (name, when, "changed" if found["changed"] else "", "rehearsal" if options.rehearse else "")
+    return options.out / "-".join(filter(None, parts))
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Run the study: what is finished stays, and what is not goes on where it was.
 
 python -m study --quick          # every stage in half an hour on two cores, two losses
-python -m study                  # a night: six losses, three seeds
+python -m study                  # a night: seven losses, three seeds
 python -m study --only report    # some of the stages
 python -m study --data chats.jsonl --set num_prompts=2000 train_tokens=400000 seeds=0,1
 """

@@ -6,7 +6,7 @@ to the draft's logits, in which no entry exceeds a threshold, both could be left
 share that would stay, and what leaving out the others changes in dH and dW. A row of G is scaled as if its token were
 the only one. "sorted" puts the columns in the order of their mean share of G first, so that small ones meet in tiles.
 
-Younger and better drafts are had by moving the draft's logits towards the target's: z + c (t - z), with c in [0, 1).
+Better drafts are had by moving the draft's logits towards the target's: z + c (t - z), with c in [0, 1).
 """
 
 from __future__ import annotations
@@ -55,10 +55,8 @@ def states(bench: train.Bench, draft: Any, most: int) -> tuple[Tensor, Tensor, T
         batch = bench.batch(bench.heldout, [row])
         hidden = draft(batch.fused, batch.tokens, batch.sequence_ids, 1)[0]
         pairs = fused_lk.Pairs.ttt(batch.mask, 1, sequence_ids=batch.sequence_ids)
-        counts = pairs.supervised[0].reshape(-1)
-        at = counts.nonzero().squeeze(1)
-        # The first step's row t meets target row t + 1 of the same text.
-        states = batch.last.reshape(-1, batch.last.shape[-1])[(at + 1).clamp(max=counts.numel() - 1)]
+        at = pairs.supervised[0].reshape(-1)
+        states = batch.last.reshape(-1, batch.last.shape[-1])[pairs.target_rows]
         parts.append((hidden.reshape(-1, hidden.shape[-1])[at], states.to(hidden)))
         if sum(len(h) for h, _ in parts) >= most:
             break

@@ -176,7 +176,8 @@ def write(settings: Settings, facts: dict[str, Any]) -> Path:
         "## Provenance",
         table(["", ""], [[name, str(value)] for name, value in {**machine(), **facts}.items()]),
         "Settings:",
-        "```json\n" + json.dumps(asdict(settings), default=str, indent=1) + "\n```",
+        # where it lay on the machine tells nobody anything
+        "```json\n" + json.dumps({**asdict(settings), "folder": settings.folder.name}, default=str, indent=1) + "\n```",
     ]
     page = folder / "report.md"
     with stage.replaced(page) as temporary:

@@ -18,7 +18,7 @@ import fused_lk
 
 transformers = pytest.importorskip("transformers")
 
-from study import batches, lines, report, train, trials  # noqa: E402
+from study import batches, columns, lines, report, train, trials  # noqa: E402
 from study.decode import Counts, Target, decode  # noqa: E402
 from study.draft import Draft  # noqa: E402
 from study.settings import LOSSES, QUICK  # noqa: E402
@@ -371,3 +371,17 @@ def test_from_training_to_the_report(bench, tmp_path):
 def test_the_report_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="Run the stage 'decode'"):
         report.write(replace(TINY, folder=tmp_path), {})
+
+
+def test_columns_that_round_to_nothing():
+    """Two tiles of columns, and both models speak in the first alone: the second can go, and nothing changes."""
+    generator = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(16, 8, generator=generator), torch.randn(256, 8, generator=generator)
+    z, t = (torch.randn(16, 256, generator=generator) - 40.0 * (torch.arange(256) >= 128) for _ in range(2))
+    found = list(columns.measure(h, weight, z, t, "kl", 0.0))
+    assert {(line.rows, line.order) for line in found} == {(16, "as they are"), (16, "sorted")}
+    assert {line.kept for line in found} == {0.5}
+    assert max(max(line.error_hidden, line.error_weight) for line in found) < 1e-6
+    (spread, *_) = columns.measure(h, weight, torch.randn(16, 256, generator=generator), t, "kl", 0.0)
+    assert spread.kept == 1.0 and spread.error_hidden == 0.0
+    assert columns.table(found).count("\n") == 1 + len(found)
