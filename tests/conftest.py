@@ -11,7 +11,8 @@ DEVICE = os.environ.get("FUSED_LK_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
-    torch.set_default_device(DEVICE)
+    # A rehearsal on "cpu:0" makes tensors on "cpu": fake ones keep an index that real ones drop.
+    torch.set_default_device(torch.device(DEVICE).type)
 
     class Generator(torch.Generator):
         def __new__(cls, device: torch.device | str = DEVICE) -> "Generator":

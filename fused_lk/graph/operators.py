@@ -44,7 +44,7 @@ _NUM_ARGUMENTS, _NUM_TENSORS, _NUM_SOURCES, _NEEDS, _TERMS = 25, 6, 6, 21, 22
 def _flat(problem: Problem, layout: Layout, saves: bool) -> tuple[Any, ...]:
     """`saves`: whether a backward will read these tensors."""
     k, target = problem.num_sources, problem.target
-    tiles = (target.owned() if saves and target.of_inference_mode else target).tiles
+    tiles = target.owned_tiles() if saves and target.of_inference_mode else target.tiles
     normalizer = target.normalizer or Normalizer(None, False, 0.0)  # type: ignore[arg-type]
     has_rows = _has_rows(len(problem.tensors), k)
     draft = [x.reshape(-1, x.shape[-1]) if rows else x for x, rows in zip(problem.tensors, has_rows, strict=True)]

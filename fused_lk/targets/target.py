@@ -264,14 +264,15 @@ class Target:
             return self
         if self._owned is not None:
             return self._owned
+        self._owned = target = copy.copy(self)
+        target.tiles, target.of_inference_mode = self.owned_tiles(), False
+        return target
+
+    def owned_tiles(self) -> Tiles:
+        """Its tiles alone, copied anew. A graph asks for these."""
         tensors = zip(self.tiles.tensors(), self._of_inference_mode, strict=True)
         copies = [x.clone() if of_inference else x for x, of_inference in tensors]
-        target = copy.copy(self)
-        target.tiles = KINDS[self.tiles.kind](copies, self.draft_vocab_size)
-        target.of_inference_mode = False
-        if not torch.compiler.is_compiling():
-            self._owned = target
-        return target
+        return KINDS[self.tiles.kind](copies, self.draft_vocab_size)
 
     def _look(self) -> tuple[Tensor, ...]:
         """`(log_normalizer, argmax)`, found once, for a caller who asks."""
