@@ -5,8 +5,8 @@
     "lambda"   lam * KL(pt || q) + (1 - lam) * (1 - alpha)
 
 All other components are terms by themselves (`rows.interface`). A mix names components and gives each a weight. The
-value, and the derivatives with respect to the terms, follow from these weights. In the recompute plan autograd
-differentiates `per_token`. The one-pass plan asks for `d_values`.
+value, and the derivatives with respect to the terms, follow from these weights. Where the loss is a number the gradient
+is made of `d_values`, in either plan. Autograd differentiates `per_token` where it is not, and in graphs.
 """
 
 from __future__ import annotations
@@ -48,44 +48,52 @@ class Objective(NamedTuple):
         return self._replace(weights=self.weights[start:stop], kl_weight=None if lam is None else lam[start:stop])
 
     def coefficients(self, log_acceptance: Tensor) -> dict[str, float | Tensor]:
-        """The weights of KL, total variation, -log alpha and the further terms: floats, or one per pair `[P]`."""
+        """The weights of KL, total variation, -log alpha and the further terms: floats, or one per pair `[P]`. Those
+        that are 0 are left out."""
         given: dict[str, Any] = dict(self.mix)
         of_lambda = given.pop("lambda", 0.0)
         if of_lambda:
             lam = self.kl_weight
             if lam is None:
                 lam = adaptive_kl_weight(log_acceptance.exp(), self.eta, self.kl_scale)
-            given["kl"] = given.get("kl", 0.0) + of_lambda * lam
-            given["tv"] = given.get("tv", 0.0) + of_lambda * (1.0 - lam)
-        return {name: given.get(name, 0.0) for name in COMPONENTS if name != "lambda"}
+            for name, share in (("kl", lam), ("tv", 1.0 - lam)):
+                share = share if of_lambda == 1 else of_lambda * share
+                given[name] = given[name] + share if name in given else share
+        return {name: weight for name, weight in given.items() if isinstance(weight, Tensor) or weight != 0}
 
     def per_token(self, values: Tensor, supported: Tensor) -> Tensor:
         """The loss of each token, without its weight; 0 where the target has no mass on the draft vocabulary."""
-        log_acceptance = torch.where(supported, values[0], 0.0)
-        losses = {"tv": total_variation(log_acceptance), "alpha": -log_acceptance}
-        losses.update(zip(self.terms, values, strict=True))
-        loss = torch.zeros_like(log_acceptance)
-        for name, weight in self.coefficients(log_acceptance).items():
-            if isinstance(weight, Tensor) or weight != 0:
-                # Log alpha and KL are infinite where the draft excludes what the target may say. 0 * inf would be NaN.
-                loss = loss + weighted(weight, losses[name])
-        return torch.where(supported, loss, 0.0)
+        made = []
+        for name, weight in self.coefficients(values[0]).items():
+            if name == "tv":
+                loss = total_variation(values[0])
+            else:
+                loss = -values[0] if name == "alpha" else values[self.terms.index(name)]
+            # Log alpha and KL are infinite where the draft excludes what the target may say. 0 * inf would be NaN.
+            made.append(weighted(weight, loss))
+        return torch.where(supported, sum(made[1:], made[0]), 0.0)
 
-    def total(self, values: Tensor, supported: Tensor) -> Tensor:
-        return weighted(self.weights, self.per_token(values, supported)).sum()
+    def total(self, losses: Tensor) -> Tensor:
+        """The loss, from those of the tokens."""
+        return weighted(self.weights, losses).sum()
 
     def d_values(self, values: Tensor) -> Tensor:
         """`[T, P]`, the derivatives with respect to the terms. (Rows without an answer have no gradient.)"""
-        log_acceptance = values[0]
-        of = self.coefficients(log_acceptance)
-        of["log_acceptance"] = -(of["tv"] * log_acceptance.exp() + of["alpha"])
-        rows = [of[name] + torch.zeros_like(log_acceptance) for name in self.terms]
-        return weighted(self.weights, torch.stack(rows))
+        of, derivatives = self.coefficients(values[0]), torch.zeros_like(values)
+        if "tv" in of:
+            torch.mul(values[0].exp(), -of.pop("tv"), out=derivatives[0])
+        if "alpha" in of:
+            derivatives[0] -= of.pop("alpha")
+        for name, weight in of.items():
+            row = derivatives[self.terms.index(name)]
+            row.copy_(weight) if isinstance(weight, Tensor) else row.fill_(weight)
+        return weighted(self.weights, derivatives)
 
 
 def adaptive_kl_weight(acceptance: Tensor, eta: float, kl_scale: float) -> Tensor:
     """`lam = kl_scale * exp(-eta * stop_grad(acceptance))` (arXiv 2602.23881; kl_scale: SpecForge)."""
-    return kl_scale * torch.exp(-eta * acceptance.detach())
+    lam = torch.exp(-eta * acceptance.detach())
+    return lam if kl_scale == 1 else kl_scale * lam
 
 
 def total_variation(log_acceptance: Tensor) -> Tensor:
@@ -94,6 +102,8 @@ def total_variation(log_acceptance: Tensor) -> Tensor:
     expm1 keeps the digits of a value near 0. PyTorch takes its derivative as expm1 + 1, which loses the digits of a
     small alpha; so there alpha is subtracted as it is.
     """
+    if not log_acceptance.requires_grad:
+        return -torch.expm1(log_acceptance)
     near_one = log_acceptance > -0.5
     return torch.where(near_one, -torch.expm1(log_acceptance), 1 - log_acceptance.exp())
 
@@ -102,4 +112,4 @@ def weighted(weight: float | Tensor, x: Tensor) -> Tensor:
     """`weight * x`. It is 0 where the weight is 0, whatever x holds, and NaN where the weight is NaN."""
     if isinstance(weight, Tensor):
         return (weight * x).masked_fill(weight == 0, 0.0)
-    return weight * x if weight != 0 else torch.zeros_like(x)
+    return x if weight == 1 else weight * x if weight != 0 else torch.zeros_like(x)

@@ -265,8 +265,5 @@ def block_sums(acceptance: Tensor, correct: Tensor, kept: Tensor, pairs: Pairs) 
     alpha, right, counts = (
         x.reshape(1, -1) if dim is None else x.movedim(dim, 0).flatten(1) for x in (acceptance, correct, kept)
     )
-    return {
-        "prefix_acceptance_sum": prefix_products(alpha, counts).sum(1),
-        "prefix_accuracy_sum": prefix_products(right, counts).sum(1),
-        "num_blocks": counts.any(0).sum(),
-    }
+    of_alpha, of_right = prefix_products(torch.stack([alpha, right], -1), counts).sum(1).unbind(1)
+    return {"prefix_acceptance_sum": of_alpha, "prefix_accuracy_sum": of_right, "num_blocks": counts.any(0).sum()}

@@ -141,7 +141,7 @@ def loss(problem: Problem, options: LossOptions, requested_plan: str) -> LKOutpu
         if one_pass:
             tokens = _Tokens(problem, options, layout)
             objective = tokens.objective(tokens.given_kl_weight())
-            total, *results = run.one_pass(problem, plan, objective, *problem.tensors)
+            total, tokens.losses, *results = run.one_pass(problem, plan, objective, *problem.tensors)
             return tokens.output(total, RowStats(*results), objective)
         stats = RowStats(*run.divergences(problem, plan, *problem.tensors))
         tokens = _Tokens(problem, options, layout)
@@ -209,7 +209,8 @@ class _Tokens:
         return x if self.options.group is None else ranks.summed(self.options.group, x)[0]
 
     def sums(self, x: Tensor) -> Tensor:
-        """`[K]`, the weighted sums of `x` by position. Ignored rows count nothing, whatever they hold."""
+        """`[..., K]`, the weighted sums of `x` `[..., P]` by position. Ignored rows count nothing, whatever they
+        hold."""
         x = x if self.layout.weights is None else weighted(self.weights, x)  # without weights all pairs count alike
         return position_sums(x, self.layout.positions, self.num_positions)
 
@@ -253,18 +254,26 @@ class _Tokens:
     def objective(self, kl_weight: Tensor | None) -> Objective:
         """The scalar loss. A token's loss is multiplied by its weight and its position's decay, and divided."""
         options = self.options
-        k = torch.arange(self.num_positions, dtype=self.weights.dtype, device=self.weights.device)
-        of_position = options.position_decay**k
+        of_position = self.weights.new_ones(self.num_positions)
+        if options.position_decay != 1:
+            of_position = options.position_decay ** (of_position.cumsum(0) - 1)
         if options.reduction == "mean":
             of_position = self.divide(of_position)
-        weights = self.weights * self.of_pair(self.share(of_position))
+        weights = self.of_pair(self.share(of_position))
+        if self.layout.weights is not None:
+            weights = self.weights * weights
         terms = self.problem.terms
         return Objective(options.mix, terms, options.eta, options.kl_scale, weights, kl_weight)
 
     def reduce(self, stats: RowStats, objective: Objective) -> Tensor:
+        is_number = self.options.reduction in ("mean", "sum")
+        if is_number and not callable(self.options.objective):
+            run = operators if torch.compiler.is_compiling() else autograd
+            loss, self.losses = run.total(stats.values, stats.supported(), objective)
+            return loss
         per_pair = self.per_token(stats, objective)
-        if self.options.reduction in ("mean", "sum"):  # holds a number per pair, not one per pair and position
-            return weighted(objective.weights, per_pair).sum()
+        if is_number:  # holds a number per pair, not one per pair and position
+            return objective.total(per_pair)
         if self.options.reduction == "none":
             return self.per_row(weighted(self.weights, per_pair))
         return self.share(self.divide(self.sums(per_pair)))
@@ -291,18 +300,23 @@ class _Tokens:
         else:
             correct = (draft_ids == _target_ids(self.problem, layout, stats)).to(w)
         supervised = torch.ones_like(w, dtype=torch.bool) if layout.valid is None else layout.valid
-        lam = objective.coefficients(log_acceptance)["kl"] + torch.zeros_like(w)
+        lam = objective.coefficients(log_acceptance).get("kl", 0.0)
+        lam = lam if isinstance(lam, Tensor) else torch.full_like(w, lam)
+        losses = self.per_token(stats, objective).detach()
+        acceptance_sum, accuracy_sum, kl_sum, loss_sum, kl_weight_sum, *of_terms = self.sums(
+            torch.stack([acceptance, correct, kl, losses, lam, *further])
+        )
         token_acceptance = self.per_row(acceptance)
         out = LKOutput(
             loss=loss,
-            acceptance_sum=self.sums(acceptance),
-            accuracy_sum=self.sums(correct),
-            kl_sum=self.sums(kl),
-            term_sums={name: self.sums(x) for name, x in zip(self.problem.further_terms, further, strict=True)},
-            loss_sum=self.sums(self.per_token(stats, objective).detach()),
-            kl_weight_sum=self.sums(lam),
+            acceptance_sum=acceptance_sum,
+            accuracy_sum=accuracy_sum,
+            kl_sum=kl_sum,
+            term_sums=dict(zip(self.problem.further_terms, of_terms, strict=True)),
+            loss_sum=loss_sum,
+            kl_weight_sum=kl_weight_sum,
             weight_sum=self.own_weight_sum,
-            num_tokens=position_sums(supervised.long(), layout.positions, self.num_positions),
+            num_tokens=position_sums(supervised, layout.positions, self.num_positions),
             num_unsupported=(supervised & ~stats.supported()).sum(),
             **block_sums(token_acceptance, self.per_row(correct), self.per_row(supervised), self.problem.pairs),
             position_decay=self.options.position_decay,

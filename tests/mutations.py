@@ -290,7 +290,7 @@ FURTHER_TERMS = [
     Mutation("index", GRAD, "(tl.load(label_ptr + row) - first_column)", "tl.load(label_ptr + row)", "tests/test_terms.py::test_whole_calls[hidden-identity-recompute-blocks-triton]"),
     Mutation("support", GRAD, "tl.where(log_pt == float(\"-inf\"), 1.0, 1.0 - 2.0 * tie_ramp(log_q, log_pt, smaller, TIE))", "1.0 - 2.0 * tie_ramp(log_q, log_pt, smaller, TIE)", NEW_TERMS.format("impossible_tokens-triton-0.5")),
     Mutation("sign", STATS, "of_top = (beta - 1.0) * q * m_q", "of_top = (1.0 - beta) * q * m_q", NEW_TERMS.format("trained-triton-0.5")),
-    Mutation("scale", "fused_lk/objective.py", "return {name: given.get(name, 0.0)", "return {name: float(name in given)", "tests/test_terms.py::test_a_mix_is_the_sum_of_its_parts[torch]"),
+    Mutation("scale", "fused_lk/objective.py", "return {name: weight for", "return {name: 1.0 for", "tests/test_terms.py::test_a_mix_is_the_sum_of_its_parts[torch]"),
     Mutation("mask", "fused_lk/walk/problem.py", "inside = (ids >= 0) & (ids < size)", "inside = ids < size", "tests/test_terms.py::test_labels"),
     Mutation("complement", PLAIN, "share.new_full((), 1.0 - beta), share.new_full((), beta)", "share.new_full((), beta), share.new_full((), 1.0 - beta)", NEW_TERMS.format("trained-torch-0.1")),
     Mutation("memory", PLAIN, "(max(usual, buffers) * max(size, 1))", "(usual * max(size, 1))", "tests/test_memory.py::test_a_mix_holds_no_more_than_its_costliest_term[torch-cpu-one_pass]"),
@@ -373,12 +373,14 @@ WALKS = [
     Mutation("off by one", "fused_lk/walk/plan.py", "sum(c.stop <= rows for c in chunks)", "sum(c.start <= rows for c in chunks)", "tests/test_keep.py::test_in_a_graph"),
     Mutation("over the budget", "fused_lk/walk/plan.py", "f.kept_bytes(c.stop, c.targets.stop) <= f.keep", "f.kept_bytes(c.start, c.targets.start) <= f.keep", "tests/test_keep.py::test_what_explain_tells"),
     Mutation("offset", "fused_lk/targets/topk.py", "ids = self.draft_ids[rows] - columns.start", "ids = self.draft_ids[rows]", "tests/test_losses.py::test_a_walk_by_vocabulary_in_blocks"),
-    Mutation("sign", "fused_lk/objective.py", "-(of[\"tv\"] * log_acceptance.exp()", "(of[\"tv\"] * log_acceptance.exp()", CALLS, True),
-    Mutation("scale", "fused_lk/objective.py", "of_lambda * (1.0 - lam)", "of_lambda * 1.0", CALLS),
+    Mutation("sign", "fused_lk/objective.py", "-of.pop(\"tv\")", "of.pop(\"tv\")", CALLS, True),
+    Mutation("scale", "fused_lk/objective.py", "(\"tv\", 1.0 - lam)", "(\"tv\", lam)", CALLS),
     Mutation("sign", "fused_lk/objective.py", "torch.exp(-eta * acceptance.detach())", "torch.exp(eta * acceptance.detach())", "tests/test_losses.py::test_every_target_and_work_list[hidden-identity-lambda-plain]"),
     Mutation("index", "fused_lk/reduction.py", "x[0].expand(self.layout.num_pairs) if positions is None else x[positions]", "x[0].expand(self.layout.num_pairs)", CALLS),
-    Mutation("scale", "fused_lk/reduction.py", "weights = self.weights * self.of_pair(self.share(of_position))", "weights = self.of_pair(self.share(of_position))", CALLS),
-    Mutation("off by one", "fused_lk/reduction.py", "options.position_decay**k", "options.position_decay ** (k + 1)", CALLS),
+    Mutation("scale", "fused_lk/reduction.py", "weights = self.weights * weights", "weights = weights * 1", CALLS),
+    Mutation("off by one", "fused_lk/reduction.py", "(of_position.cumsum(0) - 1)", "of_position.cumsum(0)", CALLS),
+    Mutation("scale", "fused_lk/graph/autograd.py", "d_loss * ctx.objective.d_values(values)", "ctx.objective.d_values(values)", CALLS),
+    Mutation("index", "fused_lk/reduction.py", "acceptance_sum, accuracy_sum, kl_sum,", "accuracy_sum, acceptance_sum, kl_sum,", CALLS),
 ]
 # fmt: on
 HEADS = [

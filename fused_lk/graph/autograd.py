@@ -85,8 +85,9 @@ class _OnePass(torch.autograd.Function):
         ctx.like = [(x.dtype, x.shape) for x in tensors]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale, *made.done())
-        ctx.mark_non_differentiable(*(x for x in stats if x is not None))
-        return objective.total(stats.values, stats.supported()), *stats
+        losses = objective.per_token(stats.values, stats.supported())
+        ctx.mark_non_differentiable(losses, *(x for x in stats if x is not None))
+        return objective.total(losses), losses, *stats
 
     @staticmethod
     @once_differentiable
@@ -96,6 +97,25 @@ class _OnePass(torch.autograd.Function):
         return None, None, None, *made
 
 
+class _Total(torch.autograd.Function):
+    """The loss and the tokens' losses, of the statistics. A third of the operations that autograd would do here."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, supported: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+        losses = objective.per_token(values, supported)
+        ctx.objective = objective
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values)
+        ctx.mark_non_differentiable(losses)
+        return objective.total(losses), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+        (values,) = ctx.saved_tensors
+        return None if d_loss is None else d_loss * ctx.objective.d_values(values), None, None
+
+
 def _shaped(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> Gradients:
     """Gradients of flattened rows in the shapes that the caller's tensors have."""
     return [x if x is None else x.view(shape) for x, shape in zip(gradients, shapes, strict=True)]
@@ -103,5 +123,7 @@ def _shaped(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]) ->
 
 # `divergences(problem, plan, *problem.tensors)`: the fields of `RowStats`; `values` are differentiable.
 divergences = _Divergences.apply
-# `one_pass(problem, plan, objective, *problem.tensors)`: the loss, whose gradient is made now, and these fields.
+# `one_pass(problem, plan, objective, *problem.tensors)`: the loss, whose gradient is made now; each pair's; the fields.
 one_pass = _OnePass.apply
+# `total(values, supported, objective)`: the loss, and each pair's; `values` get the gradient.
+total = _Total.apply

@@ -112,8 +112,14 @@ def one_pass(problem: Problem, layout: Layout, objective: Objective, *tensors: T
     mix, terms, eta, kl_scale, weights, kl_weight = objective
     assert terms == problem.terms
     of_mix = [name for name, _ in mix], [weight for _, weight in mix]
-    loss, stats, *_ = one_pass_loss(*_flat(problem, layout, saves=False), weights, kl_weight, *of_mix, eta, kl_scale)
-    return loss, *stats
+    given = _flat(problem, layout, saves=False)
+    loss, losses, stats, *_ = one_pass_loss(*given, weights, kl_weight, *of_mix, eta, kl_scale)
+    return loss, losses, *stats
+
+
+def total(values: Tensor, supported: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    losses = objective.per_token(values, supported)
+    return objective.total(losses), losses.detach()
 
 
 @opaque(f"({_PROBLEM}) -> (Tensor[], Tensor[])")
@@ -164,10 +170,11 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @opaque(
     f"({_PROBLEM}, Tensor weights, Tensor? kl_weight, str[] components, float[] of_components, float eta, "
-    "float kl_scale) -> (Tensor, Tensor[], Tensor, Tensor[])"
+    "float kl_scale) -> (Tensor, Tensor, Tensor[], Tensor, Tensor[])"
 )
-def one_pass_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """`(loss, RowStats as a list per draft row, scale, held)`, the last without those that are not needed."""
+def one_pass_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """`(loss, losses, RowStats as a list, scale, held)`: losses and statistics per draft row, and in `held` the
+    gradients that are needed."""
     *call, weights, kl_weight, components, of_components, eta, kl_scale = arguments
     problem, plan = _planned(call, one_pass=True)
     of_pair = plan.layout.per_pair
@@ -177,12 +184,13 @@ def one_pass_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[T
     scale = near_unit_scale(objective.weights)
     stats, made = by_rows.one_pass(problem, plan, objective._replace(weights=objective.weights / scale))
     held = [x for x in made.done() if x is not None]
-    loss = objective.total(stats.values, stats.supported())
-    return loss, _per_row(plan.layout, stats, problem.num_rows), scale, held
+    losses = objective.per_token(stats.values, stats.supported())
+    of_rows, *stats_of_rows = _per_row(plan.layout, (losses, *stats), problem.num_rows)
+    return objective.total(losses), of_rows, stats_of_rows, scale, held
 
 
 @one_pass_loss.register_fake
-def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
     *call, weights, _, _, _, _, _ = arguments
     draft, num_sources = call[0], call[_NUM_SOURCES]
     held = []
@@ -190,10 +198,11 @@ def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
         if need:
             dtype = x.dtype if rows else gemm.held_dtype(x.dtype)
             held.append(x.new_empty(x.shape, dtype=dtype))
-    return weights.new_empty(()), _empty_stats(call), weights.new_empty(1), held
+    stats = _empty_stats(call)
+    return weights.new_empty(()), torch.empty_like(stats[0][0]), stats, weights.new_empty(1), held
 
 
-def _per_row(layout: Layout, stats: RowStats, num_rows: int) -> list[Tensor]:
+def _per_row(layout: Layout, stats: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
     """The statistics of every draft row: tensors of their own, as an operator's results must be.
 
     Rows that are kept for shape have theirs, which tell the backward that they have no answer; others are 0.
@@ -221,8 +230,8 @@ def _divergences_backward(ctx: Any, gradients: list[Tensor], _: list[Tensor]) ->
 
 
 def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, stats, scale, held = output
-    ctx.mark_non_differentiable(*stats, scale, *held)
+    _, losses, stats, scale, held = output
+    ctx.mark_non_differentiable(losses, *stats, scale, *held)
     ctx.save_for_backward(scale, *held)
     ctx.needs, ctx.num_inputs, ctx.num_target = inputs[_NEEDS], len(inputs), len(inputs[1])
     ctx.like = [(x.dtype, x.shape) for x, need in zip(inputs[0], ctx.needs, strict=True) if need]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .pairs import Pairs
@@ -147,18 +149,18 @@ class Layout:
 
 
 def position_sums(x: Tensor, positions: Tensor | None, num_positions: int) -> Tensor:
-    """`[K]`, the sums of `x` `[P]` by position. They are masked sums: scattered adds are not deterministic on a GPU."""
+    """`[..., K]`, the sums of `x` `[..., P]` by position. They are masked sums: scattered adds are not deterministic on
+    a GPU."""
     if positions is None or num_positions == 1:
-        total = x.sum().reshape(1)
-        return total if num_positions == 1 else torch.cat([total, total.new_zeros(num_positions - 1)])
+        total = x.sum(-1, keepdim=True)
+        return total if num_positions == 1 else F.pad(total, (0, num_positions - 1))
     of = torch.arange(num_positions, device=x.device).unsqueeze(1)
-    return torch.where(positions == of, x, 0).sum(1)
+    return torch.where(positions == of, x.unsqueeze(-2), 0).sum(-1)
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """`numerator / denominator`, 0 where the denominator is 0."""
-    safe = torch.where(denominator > 0, denominator, 1)
-    return torch.where(denominator > 0, numerator / safe, 0)
+    return numerator / torch.where(denominator > 0, denominator, math.inf)
 
 
 def _of_all_rows(pairs: Pairs, num_rows: int, num_sources: int, max_rows: int) -> Layout:

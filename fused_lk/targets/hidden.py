@@ -128,8 +128,9 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, imp
     count = hidden.shape[0] if rows is None else rows.shape[0]
     lse, argmax, log_mass, cached = _unwritten(hidden, weight, t2d, cached_ids, exact, cache)
     results = [lse, argmax] if t2d is None else [lse, argmax, log_mass]
-    for x in results:
-        x.fill_(float("nan") if x.is_floating_point() else -1)
+    if rows is not None:
+        for x in results:
+            x.fill_(float("nan") if x.is_floating_point() else -1)
     ops, transform, weight = row_ops(impl, hidden.device), Transform(scale, inner), of_parts(weight, hidden)
     step = gemm.rows_of_a_tile(weight.shape[0], count, cached.itemsize, hidden.device, budget)
     tile = gemm.tile(step, weight.shape[0], cached.dtype, hidden.device)
@@ -138,10 +139,11 @@ def stream_hidden(hidden, weight, bias, mask, t2d, cached_ids, scale, inner, imp
         at = slice(start, stop) if rows is None else rows[start:stop]
         logits = tile[: stop - start]
         _linear_into(logits, hidden[at], weight, bias)
-        found = [torch.empty_like(x[start:stop]) for x in results]
+        found = [x[at] if rows is None else torch.empty_like(x[start:stop]) for x in results]
         ops.lse_argmax(logits, transform, t2d, found[0], None if t2d is None else found[2], found[1])
-        for x, of_rows in zip(results, found, strict=True):
-            x[at] = of_rows
+        if rows is not None:
+            for x, of_rows in zip(results, found, strict=True):
+                x[at] = of_rows
         if cache:
             cached[at] = logits if cached_ids is None else logits[:, cached_ids]
     return lse, argmax, log_mass, cached

@@ -225,12 +225,11 @@ def near_unit_scale(coefficients: Tensor) -> Tensor:
     The gradients of rows are divided by it, and their sums are multiplied by it. Both are exact. Without this, the
     weight 1/N of a mean would flush the tiles of half precision to zero.
     """
+    one = coefficients.new_ones(1)
     if coefficients.numel() == 0:
-        return coefficients.new_ones(1)
-    largest = torch.where(coefficients.isfinite(), coefficients.abs(), 0).amax()
-    _, exponent = torch.frexp(largest)
-    scale = torch.ldexp(torch.ones_like(largest), exponent).to(largest.dtype)  # of torch 2.6 in the default dtype
-    return torch.where(largest > 0, scale, torch.ones_like(scale)).reshape(1)
+        return one
+    _, exponent = torch.frexp(coefficients.nan_to_num(0.0, 0.0, 0.0).abs().amax())  # 0 of 0
+    return torch.ldexp(one, exponent).to(one.dtype)  # of torch 2.6 in the default dtype
 
 
 def times(x: Tensor | None, scale: Tensor | None, dtype: torch.dtype, *, in_place: bool = True) -> Tensor | None:
