@@ -165,11 +165,12 @@ def account(step: Callable[[], Tensor]) -> Accounted:
 
 
 @contextlib.contextmanager
-def full_size(device: str = "cpu") -> Iterator[None]:
+def full_size(device: str = "cpu", fake: bool = True) -> Iterator[None]:
     """Tensors made inside are fake, and Triton kernels are not launched (they write into what exists already).
 
     `device="cuda"` walks as on a GPU (its chunk sizes, its products with float32 results) on fake CPU tensors: without
-    a CUDA build of PyTorch the autograd engine refuses fake CUDA tensors.
+    a CUDA build of PyTorch the autograd engine refuses fake CUDA tensors. `fake=False` leaves tensors real: small ones
+    show what the host does without the kernels, whose results are then unwritten memory.
     """
     from fused_lk.kernels import launch
 
@@ -181,7 +182,8 @@ def full_size(device: str = "cpu") -> Iterator[None]:
         if device != "cpu":
             stack.enter_context(mock.patch.object(gemm, "is_cpu", return_value=False))
             stack.enter_context(mock.patch.object(wide, "gives_float32", _on_a_gpu))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
 

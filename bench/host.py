@@ -2,15 +2,17 @@
 
 Operations are those that PyTorch dispatches, views apart. A wait is an operation whose result the host reads. Calls are
 counted as a GPU would walk them, on fake tensors, with kernels that are counted and not launched; work lists with rows
-that do not count are made before, at one wait each. The tiny step runs for real: 64 tokens x 64 x 512, float32, one
-thread, the rounds of all providers interleaved.
+that do not count are made before, at one wait each. Their times are those of the same calls on CPU tensors of a few
+numbers: Python, PyTorch's dispatch, and next to no arithmetic. (What a driver takes for a launch would be on top.) The
+tiny step runs for real: 64 tokens x 64 x 512, float32, one thread, the rounds of all providers interleaved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -46,28 +48,62 @@ class Count(TorchDispatchMode):
         self.launches += 1
 
 
-def of_a_step(chunks: int, steps: int = 1, **options: Any) -> Count:
-    """One step that walks so many chunks; the target from hidden states over a larger vocabulary."""
+def of_a_step(chunks: int, **options: Any) -> Count:
+    """One step that walks so many chunks."""
+    with prepared(True, chunks, 256, 64, 512, **options) as step, Count() as seen, launches(seen.launch):
+        step()
+    return seen
+
+
+def microseconds(chunks: int, **options: Any) -> float:
+    """Processor time of the same step without kernels, on tensors of a few numbers."""
+
+    def no_index(_: str, __: Any, ___: Any, arguments: tuple, *____: Any, **_____: Any) -> None:
+        for x in arguments:
+            if isinstance(x, Tensor) and x.dtype == torch.int64:
+                x.zero_()  # what is unwritten is no token
+
+    times = []
+    with prepared(False, chunks, 2, 4, 64, **options) as step, launches(no_index):
+        for _ in range(ROUNDS):
+            begin = time.process_time()
+            step()
+            times.append(1e6 * (time.process_time() - begin))
+    return statistics.median(times)
+
+
+def launches(stub: Callable[..., None]) -> Any:
     from fused_lk.kernels import launch
 
+    return mock.patch.object(launch, "_launch", stub)
+
+
+@contextlib.contextmanager
+def prepared(
+    fake: bool, chunks: int, rows: int, h: int, v: int, steps: int = 1, **options: Any
+) -> Iterator[Callable[[], None]]:
+    """A step whose chunks have `rows` rows; the target comes from hidden states over a larger vocabulary."""
     import fused_lk
 
-    tokens, h, v, full = 256 * chunks, 64, 512, 640
+    tokens, full = rows * chunks, v + v // 4
+    dtype = torch.bfloat16 if fake else torch.float32  # a CPU has no product of bfloat16 with a float32 result
     vocab = fused_lk.DraftVocab(torch.arange(full) < v)
     pairs = fused_lk.Pairs.ttt(torch.ones(1, tokens, dtype=torch.bool), steps) if steps > 1 else None
-    with full_size("cuda"):
 
-        def made(*shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=torch.bfloat16)
+    def made(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
 
+    with full_size("cuda", fake):
         hidden = [made(1, tokens, h).requires_grad_() for _ in range(steps)]
         head, weight, states = fused_lk.TargetHead(made(full, h), vocab), made(v, h).requires_grad_(), made(tokens, h)
-        with Count() as seen, mock.patch.object(launch, "_launch", seen.launch):
-            how = {"impl": "triton", "workspace_mb": 256 * (1 + 1 / steps) * v * 2 * steps / 2**20 + 0.01}
+        how = {"impl": "triton", "workspace_mb": 1.02 * rows * (steps + 1) * v * dtype.itemsize / 2**20}
+
+        def step() -> None:
             target = fused_lk.Target.from_hidden(states, head, impl="triton")
             given = hidden if steps > 1 else hidden[0].view(tokens, h)
             fused_lk.lk_loss(given, weight, target, pairs=pairs, **{**how, **options}).loss.backward()
-    return seen
+
+        yield step
 
 
 def tiny(names: list[str]) -> dict[str, tuple[Count, float]]:
@@ -105,12 +141,14 @@ def main() -> None:
     torch.set_num_threads(1)
     where = machine.provenance(1)
     print(f"`python -m bench.host`, {where['cpu']}, {where['versions'].split()[0]}, commit {where['commit']}\n")
-    print("| a step | operations | views | kernels | waits | operations a further chunk | kernels a further chunk |")
-    print("|---|---|---|---|---|---|---|")
+    print("| a step | operations | views | kernels | waits | us | a further chunk: operations | kernels | us |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, options in CALLS.items():
         one, four = of_a_step(1, **options), of_a_step(4, **options)
+        us, us_of_four = microseconds(1, **options), microseconds(4, **options)
         more = f"{(four.operations - one.operations) / 3:.0f} | {(four.launches - one.launches) / 3:.1f}"
-        print(f"| {name} | {one.operations} | {one.views} | {one.launches} | {one.waits} | {more} |")
+        cells = f"{one.operations} | {one.views} | {one.launches} | {one.waits} | {us:.0f} | {more}"
+        print(f"| {name} | {cells} | {(us_of_four - us) / 3:.0f} |")
     print("\n| a tiny step on the CPU | operations | views | waits | us | times eager |")
     print("|---|---|---|---|---|---|")
     found = tiny(["specforge-eager", "ours-one-pass", "ours-default"])
