@@ -36,6 +36,7 @@ from fused_lk.kernels import launch
 from torch import Tensor
 
 from fused_lk import gemm
+from fused_lk.objective import Objective
 from fused_lk.rows.interface import MEASURED, TERMS, LogitRows, Normalizer, Transform, accumulation_dtype
 from fused_lk.walk.plan import empty_statistics
 
@@ -60,6 +61,7 @@ KERNELS = {
     "lse_argmax": (1, ("mass",), ()),
     "row_stats": (2, ("index", "normalizer", "target_argmax"), TERMS),
     "row_grad": (3, ("index",), TERMS),
+    "row_pass": (3, ("index", "normalizer", "target_argmax"), TERMS),
 }
 LAYOUTS = {"aligned": 32000, "ragged": 32003, "unpadded": 32003}
 ROWS = 3
@@ -129,6 +131,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
         measured = [(*subset, *MEASURED) for subset in subsets] if terms else []
         subsets = [*singles, *measured, *((*subset, *terms) for subset in subsets)]
         for dtypes in dict.fromkeys(x[:used] for x in (QUICK if quick else DTYPES)):
+            if Case(kernel, dtypes, (), "").width not in launch.TILES[kernel]:
+                continue
             for options in subsets[-1:] if quick else subsets:
                 yield Case(kernel, dtypes, options, "aligned")
             yield Case(kernel, dtypes, (*subsets[-1], "softcap"), "aligned")
@@ -168,6 +172,9 @@ def launcher(case: Case) -> Callable[[], None]:
     if case.kernel == "row_stats":
         return lambda: launch.stats(rows, terms, out)
     into = logits[0] if logits[2].dtype == logits[0].dtype else logits[2]
+    if case.kernel == "row_pass":
+        loss = Objective((("lambda", 1.0),), terms, 3.0, 1.0, vector, None)
+        return lambda: launch.row_pass(rows, terms, out, loss, into)
     return lambda: launch.gradient(rows, terms, out, torch.empty_like(out.values), into)
 
 

@@ -43,7 +43,7 @@ PACKAGES = ("torch", "triton", "pytorch-triton-rocm", "numpy", "pytest", "hypoth
 LIMIT_S = 480.0
 # The tests of the product, in the files of `tests`. Those that are not here have nothing to do with a card.
 TESTS = {
-    "kernels": ("kernels", "kernel_mixes", "fuzz"),
+    "kernels": ("kernels", "kernel_mixes", "one_kernel", "fuzz"),
     "losses": ("losses", "hard_rows", "extremes", "precision", "not_a_number"),
     "products": ("wide", "gemm_counts", "low_rank", "quantized", "keep", "determinism"),
     "calls": ("fuzz_calls", "gradcheck", "host", "work_lists", "owned", "autocast", "checkpointing", "no_full_logits"),
@@ -93,6 +93,8 @@ def steps(device: str, out: Path) -> Iterator[Step]:
     shapes = ["cpu-ttt3-masked"] if rehearsed else [shape.name for shape in LARGE]
     yield tests("kernels")
     yield times(shapes[0], "--shapes", shapes[0], "--providers", *TRAINERS)
+    one_kernel = times("one-kernel", "--shapes", shapes[0], "--providers", "ours-one-pass")
+    yield one_kernel._replace(environment={**on_card, "FUSED_LK_ONE_KERNEL": "1"})
     yield tests("losses")
     yield tests("products")
     yield from (times(shape, "--shapes", shape, "--providers", *TRAINERS) for shape in shapes[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from fused_lk.rows.interface import (
 from . import autotune
 from .lse_argmax import lse_argmax_kernel
 from .row_grad import row_grad_kernel
+from .row_pass import row_pass_kernel
 from .row_stats import row_stats_kernel
 
 
@@ -60,12 +62,15 @@ TILES = {
     # No state: at most 72 registers, 28 warps an SM or more (float32: 48 and 40). Small blocks, as a row ends in part
     # of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
+    # As row_stats.
+    "row_pass": {2: Tile(2048, 256), 4: Tile(4096, 512)},
 }
 # With terms beyond those of every call, which all have numbers of state: smaller where the tile above would spill, by
 # the same report. With all terms at most 186 registers (float32 106, float64 128), in row_grad 127 (float64 158).
 FURTHER_TILES = {
     "row_stats": {2: Tile(2048, 256), 4: Tile(2048, 512), 8: Tile(128, 128)},
     "row_grad": {2: Tile(1024, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
+    "row_pass": {2: Tile(2048, 256), 4: Tile(2048, 512)},
 }
 # What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report. (Of
 # 2 bytes, 4,096 x 512 threads spills 8 bytes on an A100.)
@@ -74,11 +79,20 @@ CANDIDATES = {
     4: (Tile(4096, 512),),
     8: (Tile(256, 128),),
 }
-KERNELS = {"lse_argmax": lse_argmax_kernel, "row_stats": row_stats_kernel, "row_grad": row_grad_kernel}
+KERNELS = {
+    "lse_argmax": lse_argmax_kernel,
+    "row_stats": row_stats_kernel,
+    "row_grad": row_grad_kernel,
+    "row_pass": row_pass_kernel,
+}
 
 # FMA contraction off: (z - top) * scale - log_total has to round alike for q and p, or ties would not be ties; and the
 # corrections of log1p and expm1 need their differences as written.
 OPTIONS = {"enable_fp_fusion": False}
+
+# Of a loss that is known in the forward: statistics and gradient in one launch. (In float32: so Triton passes numbers.)
+# Off until a card has measured it.
+ONE_KERNEL = os.environ.get("FUSED_LK_ONE_KERNEL", "0") == "1"
 
 # TRITON_INTERPRET is read when a kernel is decorated; later changes of the environment come too late.
 INTERPRETED = not isinstance(row_stats_kernel, triton.JITFunction)
@@ -119,28 +133,17 @@ def lse_argmax(
 
 def stats(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> None:
     """Write the statistics of whole rows into `out`."""
-    z, t, normalizer = _unit_columns(rows.z), _unit_columns(rows.t), rows.normalizer
-    acc = out.base.dtype
-    _launch(
-        "row_stats",
-        z.shape,
-        _widest(acc, z, t),
-        (
-            *(z, z.stride(0), t, t.stride(0), _vector(rows.t_index)),
-            None if normalizer is None else _vector(normalizer.value),
-            *_of_stats(out),
-            *(out.draft_argmax, out.target_argmax, _labels(rows, terms, None), *_two_floats(rows.jsd_beta), z.shape[1]),
-            *(*_numbers(rows.z_transform), *_numbers(rows.t_transform)),
-            0.0 if normalizer is None else normalizer.rounding,
-        ),
-        {"IS_MASS": normalizer is not None and normalizer.is_mass, "EXCESS": EXCESS, **_constants(terms, acc)},
-    )
+    z, t, acc = _unit_columns(rows.z), _unit_columns(rows.t), out.base.dtype
+    arguments = (z, z.stride(0), t, t.stride(0), *_of_rows(rows, terms, out))
+    _launch("row_stats", z.shape, _widest(acc, z, t), arguments, _mass(rows) | _constants(terms, acc))
 
 
 def stats_and_gradient(
     rows: LogitRows, terms: tuple[str, ...], out: RowStats, loss: RowLoss, gradient_out: Tensor
 ) -> None:
     """`stats`, then `gradient` of `loss`."""
+    if ONE_KERNEL and out.base.dtype == torch.float32:
+        return row_pass(rows, terms, out, loss, gradient_out)
     stats(rows, terms, out)
     gradient(rows, terms, out, loss.d_values(out.values), gradient_out)
 
@@ -169,6 +172,37 @@ def gradient(rows: LogitRows, terms: tuple[str, ...], stats: RowStats, d_values:
     )
     if into is not gradient_out:
         gradient_out.copy_(into)
+
+
+def row_pass(rows: LogitRows, terms: tuple[str, ...], out: RowStats, loss: RowLoss, gradient_out: Tensor) -> None:
+    """`stats_and_gradient` in one launch."""
+    into, z, t = _unit_columns(gradient_out, copy=False), _unit_columns(rows.z), _unit_columns(rows.t)
+    acc, components = out.base.dtype, dict(loss.mix)
+    arguments = (
+        *(z, z.stride(0), t, t.stride(0), into, into.stride(0), *_of_rows(rows, terms, out)),
+        *(_vector(loss.weights), _vector(loss.kl_weight), loss.eta, loss.kl_scale),
+        *(float(components.get(name, 0.0)) for name in ("tv", "alpha", "lambda", *TERMS[1:])),
+    )
+    _launch("row_pass", z.shape, _widest(acc, z, t, into), arguments, _mass(rows) | _constants(terms, acc))
+    if gradient_out is not into:
+        gradient_out.copy_(into)
+
+
+def _of_rows(rows: LogitRows, terms: tuple[str, ...], out: RowStats) -> tuple[Any, ...]:
+    """What both kernels that make statistics take after the logits: what is told of the rows, and where results go."""
+    normalizer = rows.normalizer
+    return (
+        *(_vector(rows.t_index), None if normalizer is None else _vector(normalizer.value)),
+        *_of_stats(out),
+        *(out.draft_argmax, out.target_argmax, _labels(rows, terms, None), *_two_floats(rows.jsd_beta)),
+        *(rows.z.shape[1], *_numbers(rows.z_transform), *_numbers(rows.t_transform)),
+        0.0 if normalizer is None else normalizer.rounding,
+    )
+
+
+def _mass(rows: LogitRows) -> dict[str, Any]:
+    """What these are compiled for beside the terms."""
+    return {"IS_MASS": rows.normalizer is not None and rows.normalizer.is_mass, "EXCESS": EXCESS}
 
 
 def _of_stats(stats: RowStats) -> tuple[Any, ...]:

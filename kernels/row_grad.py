@@ -13,7 +13,7 @@ from .online_softmax import capped, full_scale, load_logits, log_mixture, log_pr
 
 
 @triton.jit
-def _block(
+def gradient_block(
     z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner,
     draft_top, draft_log_total, target_top, target_log_total, log_mass, log_alpha, supported,
     of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd, d_skl, d_l1, beta, label_column, top_column, of_top,
@@ -69,6 +69,71 @@ def _add_term(of_q, of_top, d, saved_ptr, saved_stride):
     return of_q - d * tl.load(saved_ptr), of_top + d * tl.load(saved_ptr + saved_stride)
 
 
+@triton.jit
+def numbers_of_row(
+    row, d_log_alpha, d_kl, d_soft_ce, d_ce, d_rkl, d_jsd, d_skl, d_l1,
+    base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride, draft_argmax_ptr, label_ptr,
+    first_column,
+    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
+    JSD: tl.constexpr, SKL: tl.constexpr, L1: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What `gradient_block` needs to know of a row; d of each term is its d_value times the gain."""
+    base_ptr += row
+    base_stride = base_stride.to(tl.int64)
+    draft_top = tl.load(base_ptr)
+    draft_log_total = tl.load(base_ptr + base_stride)
+    target_top = tl.load(base_ptr + 2 * base_stride)
+    target_log_total = tl.load(base_ptr + 3 * base_stride)
+    log_mass = tl.load(base_ptr + 4 * base_stride)
+    supported = target_top != float("-inf")
+    target_top = tl.where(supported, target_top, 0.0)
+
+    saved_ptr += row
+    values_stride, saved_stride = values_stride.to(tl.int64), saved_stride.to(tl.int64)
+    term_stride = term_stride.to(tl.int64)
+    of_q = tl.zeros([], ACC)
+    of_top, log_alpha = of_q, of_q
+    label_column = tl.full([], -1, tl.int32)
+    if LOG_ACCEPTANCE >= 0:
+        # log alpha is -inf also where q and p have no token in common; it has no gradient there.
+        log_alpha = tl.load(values_ptr + row + LOG_ACCEPTANCE * values_stride)
+        possible = log_alpha != float("-inf")
+        log_alpha = tl.where(possible, log_alpha, 0.0)
+        d_log_alpha = tl.where(possible, d_log_alpha, 0.0)
+        of_q, of_top = _add_term(of_q, of_top, d_log_alpha, saved_ptr + LOG_ACCEPTANCE * term_stride, saved_stride)
+    if KL >= 0:
+        of_q, of_top = _add_term(of_q, of_top, d_kl, saved_ptr + KL * term_stride, saved_stride)
+    if SOFT_CE >= 0:
+        of_q, of_top = _add_term(of_q, of_top, d_soft_ce, saved_ptr + SOFT_CE * term_stride, saved_stride)
+    if CE >= 0:
+        of_q, of_top = _add_term(of_q, of_top, d_ce, saved_ptr + CE * term_stride, saved_stride)
+        label_column = (tl.load(label_ptr + row) - first_column).to(tl.int32)
+    if RKL >= 0:
+        infinite = tl.load(values_ptr + row + RKL * values_stride) == float("inf")
+        d_rkl = tl.where(infinite, 0.0, d_rkl)
+        of_q, of_top = _add_term(of_q, of_top, d_rkl, saved_ptr + RKL * term_stride, saved_stride)
+    if JSD >= 0:
+        of_q, of_top = _add_term(of_q, of_top, d_jsd, saved_ptr + JSD * term_stride, saved_stride)
+    if SKL >= 0:
+        of_q, of_top = _add_term(of_q, of_top, d_skl, saved_ptr + SKL * term_stride, saved_stride)
+    if L1 >= 0:
+        of_q, of_top = _add_term(of_q, of_top, d_l1, saved_ptr + L1 * term_stride, saved_stride)
+    top_column = (tl.load(draft_argmax_ptr + row) - first_column).to(tl.int32)
+    return (
+        draft_top, draft_log_total, target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha,
+        d_kl + d_soft_ce, d_ce, d_rkl, d_jsd, d_skl, d_l1, label_column, top_column, of_top,
+    )  # fmt: skip
+
+
+@triton.jit
+def _d_value(d_values_ptr, d_values_stride, gain, TERM: tl.constexpr, ACC: tl.constexpr):
+    """The d_value of a term times the gain; 0 of a term that is not there."""
+    d = tl.zeros([], ACC)
+    if TERM >= 0:
+        d = tl.load(d_values_ptr + TERM * d_values_stride).to(ACC) * gain
+    return d
+
+
 @triton.jit(
     do_not_specialize=[
         *("first_column", "base_stride", "values_stride", "saved_stride", "term_stride", "d_values_stride"),
@@ -108,70 +173,36 @@ def row_grad_kernel(
     if z_inner is not None:
         gain = z_scale * z_inner
 
-    base_ptr += row
-    base_stride = base_stride.to(tl.int64)
-    draft_top = tl.load(base_ptr)
-    draft_log_total = tl.load(base_ptr + base_stride)
-    target_top = tl.load(base_ptr + 2 * base_stride)
-    target_log_total = tl.load(base_ptr + 3 * base_stride)
-    log_mass = tl.load(base_ptr + 4 * base_stride)
-    supported = target_top != float("-inf")
-    target_top = tl.where(supported, target_top, 0.0)
-
     d_values_ptr += row
-    saved_ptr += row
-    d_values_stride, saved_stride = d_values_stride.to(tl.int64), saved_stride.to(tl.int64)
-    term_stride = term_stride.to(tl.int64)
-    of_q = tl.zeros([], ACC)
-    of_top, d_log_alpha, log_alpha = of_q, of_q, of_q
-    d_pt, d_ce, d_rkl, d_jsd, d_skl, d_l1 = of_q, of_q, of_q, of_q, of_q, of_q
+    d_values_stride = d_values_stride.to(tl.int64)
+    (
+        draft_top, draft_log_total, target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha,
+        d_pt, d_ce, d_rkl, d_jsd, d_skl, d_l1, label_column, top_column, of_top,
+    ) = numbers_of_row(
+        row,
+        _d_value(d_values_ptr, d_values_stride, gain, LOG_ACCEPTANCE, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, KL, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, SOFT_CE, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, CE, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, RKL, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, JSD, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, SKL, ACC),
+        _d_value(d_values_ptr, d_values_stride, gain, L1, ACC),
+        base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride, draft_argmax_ptr,
+        label_ptr, first_column, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1, ACC,
+    )  # fmt: skip
     beta = full_scale(beta_high, beta_low, ACC)
-    label_column = tl.full([], -1, tl.int32)
-    if LOG_ACCEPTANCE >= 0:
-        # log alpha is -inf also where q and p have no token in common; it has no gradient there.
-        log_alpha = tl.load(values_ptr + row + LOG_ACCEPTANCE * values_stride.to(tl.int64))
-        possible = log_alpha != float("-inf")
-        log_alpha = tl.where(possible, log_alpha, 0.0)
-        d_log_alpha = tl.load(d_values_ptr + LOG_ACCEPTANCE * d_values_stride).to(ACC) * gain
-        d_log_alpha = tl.where(possible, d_log_alpha, 0.0)
-        of_q, of_top = _add_term(of_q, of_top, d_log_alpha, saved_ptr + LOG_ACCEPTANCE * term_stride, saved_stride)
-    if KL >= 0:
-        d_pt = tl.load(d_values_ptr + KL * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d_pt, saved_ptr + KL * term_stride, saved_stride)
-    if SOFT_CE >= 0:
-        d = tl.load(d_values_ptr + SOFT_CE * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d, saved_ptr + SOFT_CE * term_stride, saved_stride)
-        d_pt += d
-    if CE >= 0:
-        d_ce = tl.load(d_values_ptr + CE * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d_ce, saved_ptr + CE * term_stride, saved_stride)
-        label_column = (tl.load(label_ptr + row) - first_column).to(tl.int32)
-    if RKL >= 0:
-        d_rkl = tl.load(d_values_ptr + RKL * d_values_stride).to(ACC) * gain
-        infinite = tl.load(values_ptr + row + RKL * values_stride.to(tl.int64)) == float("inf")
-        d_rkl = tl.where(infinite, 0.0, d_rkl)
-        of_q, of_top = _add_term(of_q, of_top, d_rkl, saved_ptr + RKL * term_stride, saved_stride)
-    if JSD >= 0:
-        d_jsd = tl.load(d_values_ptr + JSD * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d_jsd, saved_ptr + JSD * term_stride, saved_stride)
-    if SKL >= 0:
-        d_skl = tl.load(d_values_ptr + SKL * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d_skl, saved_ptr + SKL * term_stride, saved_stride)
-    if L1 >= 0:
-        d_l1 = tl.load(d_values_ptr + L1 * d_values_stride).to(ACC) * gain
-        of_q, of_top = _add_term(of_q, of_top, d_l1, saved_ptr + L1 * term_stride, saved_stride)
-    top_column = (tl.load(draft_argmax_ptr + row) - first_column).to(tl.int32)
 
     offs_v = start + tl.arange(0, BLOCK_V)
     if start + BLOCK_V <= n_cols:
-        _block(
+        gradient_block(
             z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
             target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd,
             d_skl, d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1,
             False, TIE,
         )  # fmt: skip
     else:
-        _block(
+        gradient_block(
             z_ptr, t_ptr, gradient_ptr, offs_v, n_cols, z_scale, t_scale, z_inner, t_inner, draft_top, draft_log_total,
             target_top, target_log_total, log_mass, log_alpha, supported, of_q, d_log_alpha, d_pt, d_ce, d_rkl, d_jsd,
             d_skl, d_l1, beta, label_column, top_column, of_top, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1,

@@ -186,7 +186,13 @@ class RowStats(NamedTuple):
 
 
 class RowLoss(Protocol):
-    """What one pass over the rows minimises, as data per row."""
+    """What one pass over the rows minimises, as data per row: `objective.Objective`, whose attributes these are."""
+
+    mix: tuple[tuple[str, float], ...]
+    eta: float
+    kl_scale: float
+    weights: Tensor
+    kl_weight: Tensor | None
 
     def rows(self, start: int, stop: int) -> RowLoss:
         """The loss of rows `start:stop` alone."""
