@@ -51,11 +51,11 @@ class Gate:
         return ratio >= limit if self.at_least else ratio <= limit
 
 
-# The floor is matrix products alone, and CPUs differ in what those cost beside exp and cache. With the same code three AMD
-# EPYCs take 1.34 to 1.45 and 1.98 to 2.14 times the floor, and eager 2.36 to 2.69 times one pass: these hold on each of
-# them. An Intel Xeon with AVX-512, whose floor is 0.7 times as long, takes 2.1 and 2.9. A shared runner may be either;
-# what it is held to there is the eager loss. The aims are 1.2 and 1.7, and 1.45 where logits are kept (1.7 here):
-# docs/plans.md says what stands between.
+# The floor is matrix products alone, and CPUs differ in what those cost beside exp and cache. With the same code three
+# AMD EPYCs take 1.34 to 1.45 and 1.98 to 2.14 times the floor, and eager 2.36 to 2.69 times one pass: these hold on
+# each of them. An Intel Xeon with AVX-512, whose floor is 0.7 times as long, takes 2.1 and 2.9. A shared runner may be
+# either; what it is held to there is the eager loss. The aims are 1.2 and 1.7, and 1.45 where logits are kept (1.7
+# here): docs/plans.md says what stands between.
 GATES = (
     Gate("one pass", "floor", 1.5, 2.5),
     Gate("default", "floor", 2.2, 3.6),
