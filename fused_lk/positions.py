@@ -89,7 +89,8 @@ def dpace_weights(confidence: Tensor, supervised: Tensor, smoothing: float = 0.5
         checks.fail("smoothing to be a number in [0, 1]", smoothing, "D-PACE uses 0.5.")
     smooth = (1 - smoothing) * confidence.detach() + smoothing
     prefixes = accepted_prefixes(smooth, supervised, dim)
-    rest = prefixes.flip(0).cumsum(0).flip(0)
+    # cumsum of floats is not deterministic on CUDA, and refused there under `use_deterministic_algorithms`.
+    rest = torch.stack([prefixes[k:].sum(0) for k in range(len(prefixes))])
     return torch.where(supervised, rest.movedim(0, dim), 0)
 
 

@@ -256,7 +256,8 @@ class _Tokens:
         options = self.options
         of_position = self.weights.new_ones(self.num_positions)
         if options.position_decay != 1:
-            of_position = options.position_decay ** (of_position.cumsum(0) - 1)
+            k = torch.arange(self.num_positions, dtype=self.weights.dtype, device=self.weights.device)
+            of_position = options.position_decay**k
         if options.reduction == "mean":
             of_position = self.divide(of_position)
         weights = self.of_pair(self.share(of_position))

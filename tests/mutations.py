@@ -386,7 +386,7 @@ WALKS = [
     Mutation("sign", "fused_lk/objective.py", "torch.exp(-eta * acceptance.detach())", "torch.exp(eta * acceptance.detach())", "tests/test_losses.py::test_every_target_and_work_list[hidden-identity-lambda-plain]"),
     Mutation("index", "fused_lk/reduction.py", "x[0].expand(self.layout.num_pairs) if positions is None else x[positions]", "x[0].expand(self.layout.num_pairs)", CALLS),
     Mutation("scale", "fused_lk/reduction.py", "weights = self.weights * weights", "weights = weights * 1", CALLS),
-    Mutation("off by one", "fused_lk/reduction.py", "(of_position.cumsum(0) - 1)", "of_position.cumsum(0)", CALLS),
+    Mutation("off by one", "fused_lk/reduction.py", "options.position_decay**k", "options.position_decay ** (k + 1)", CALLS),
     Mutation("scale", "fused_lk/graph/autograd.py", "d_loss * ctx.objective.d_values(values)", "ctx.objective.d_values(values)", CALLS),
     Mutation("index", "fused_lk/reduction.py", "acceptance_sum, accuracy_sum, kl_sum,", "accuracy_sum, acceptance_sum, kl_sum,", CALLS),
 ]
