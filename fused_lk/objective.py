@@ -57,7 +57,7 @@ class Objective(NamedTuple):
             if lam is None:
                 lam = adaptive_kl_weight(log_acceptance.exp(), self.eta, self.kl_scale)
             for name, share in (("kl", lam), ("tv", 1.0 - lam)):
-                share = share if of_lambda == 1 else of_lambda * share
+                share = weighted(of_lambda, share)
                 given[name] = given[name] + share if name in given else share
         return {name: weight for name, weight in given.items() if isinstance(weight, Tensor) or weight != 0}
 
@@ -92,8 +92,7 @@ class Objective(NamedTuple):
 
 def adaptive_kl_weight(acceptance: Tensor, eta: float, kl_scale: float) -> Tensor:
     """`lam = kl_scale * exp(-eta * stop_grad(acceptance))` (arXiv 2602.23881; kl_scale: SpecForge)."""
-    lam = torch.exp(-eta * acceptance.detach())
-    return lam if kl_scale == 1 else kl_scale * lam
+    return weighted(kl_scale, torch.exp(-eta * acceptance.detach()))
 
 
 def total_variation(log_acceptance: Tensor) -> Tensor:

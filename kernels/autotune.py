@@ -13,7 +13,7 @@ from typing import Any
 import triton
 
 # Trials run in place, over the caller's logits: what they write has to be put back before the next one.
-WRITTEN = {"lse_argmax": [], "row_stats": [], "row_grad": ["gradient_ptr"], "row_pass": ["gradient_ptr"]}
+WRITTEN = {"lse_argmax": [], "row_stats": [], "row_grad": ["gradient_ptr"]}
 
 
 def enabled() -> bool:

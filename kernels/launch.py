@@ -62,8 +62,9 @@ TILES = {
     # No state: at most 72 registers, 28 warps an SM or more (float32: 48 and 40). Small blocks, as a row ends in part
     # of one.
     "row_grad": {2: Tile(2048, 128), 4: Tile(1024, 128), 8: Tile(512, 128)},
-    # As row_stats.
-    "row_pass": {2: Tile(2048, 256), 4: Tile(4096, 512)},
+    # As row_stats, but for 2 bytes: there 2,048 x 256 threads spill up to 16 bytes on a B200, and 4 elements a thread
+    # do not (64 registers). float32: at most 95.
+    "row_pass": {2: Tile(1024, 256), 4: Tile(4096, 512)},
 }
 # With terms beyond those of every call, which all have numbers of state: smaller where the tile above would spill, by
 # the same report. With all terms at most 186 registers (float32 106, float64 128), in row_grad 127 (float64 158).
@@ -73,7 +74,7 @@ FURTHER_TILES = {
     "row_pass": {2: Tile(2048, 256), 4: Tile(2048, 512)},
 }
 # What FUSED_LK_AUTOTUNE=1 tries: tiles that stay in registers in every kernel on every card, by the same report. (Of
-# 2 bytes, 4,096 x 512 threads spills 8 bytes on an A100.)
+# 2 bytes, 4,096 x 512 threads spills 8 bytes on an A100.) row_pass is not timed: some of these spill there on a B200.
 CANDIDATES = {
     2: (Tile(2048, 128), Tile(2048, 256), Tile(4096, 256)),
     4: (Tile(4096, 512),),
@@ -90,8 +91,8 @@ KERNELS = {
 # corrections of log1p and expm1 need their differences as written.
 OPTIONS = {"enable_fp_fusion": False}
 
-# Of a loss that is known in the forward: statistics and gradient in one launch. (In float32: so Triton passes numbers.)
-# Off until a card has measured it.
+# Statistics and gradient in one launch, of a loss that is known in the forward. It computes in float32 alone, because
+# Triton passes the numbers of the loss as float32. Off until a card has measured it.
 ONE_KERNEL = os.environ.get("FUSED_LK_ONE_KERNEL", "0") == "1"
 
 # TRITON_INTERPRET is read when a kernel is decorated; later changes of the environment come too late.
@@ -237,7 +238,7 @@ def _launch(
 
     with _context(arguments[0].device):
         further = any(constants.get(term.upper(), -1) >= 0 for term in TERMS if term not in MEASURED)
-        if autotune.enabled() and not (INTERPRETED or further):
+        if autotune.enabled() and name in autotune.WRITTEN and not (INTERPRETED or further):
             kernel = autotune.tuned(name, kernel, CANDIDATES[width], _warp_size())
         elif INTERPRETED:  # which pays for each operation, not for each element
             constants = constants | {"BLOCK_V": min(triton.next_power_of_2(size), INTERPRETER_BLOCK_V)}

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .online_softmax import full_scale
 from .row_grad import gradient_block, numbers_of_row
-from .row_stats import row_statistics
+from .row_stats import row_stats_kernel
 
 
 @triton.jit(
@@ -34,8 +34,8 @@ def row_pass_kernel(
     """One program per row of z. `of_*` are the weights of the components, `weights` those of the rows, and `kl_weight`
     is lambda where it is given. `gradient_ptr` may be `z_ptr`."""
     row = tl.program_id(0).to(tl.int64)
-    row_statistics(
-        row, z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr, base_ptr, base_stride, values_ptr,
+    row_stats_kernel(  # of this very row: it has the same program
+        z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr, base_ptr, base_stride, values_ptr,
         values_stride, saved_ptr, saved_stride, term_stride, draft_argmax_ptr, target_argmax_ptr, label_ptr, beta_high,
         beta_low, n_cols, z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high,
         t_inner_low, rounding, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1, IS_MASS, ACC, TIE, EXCESS, BLOCK_V,

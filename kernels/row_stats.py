@@ -124,9 +124,14 @@ def _store(
     tl.store(saved_ptr + saved_stride, tl.where(supported, top + nan, 0.0))
 
 
-@triton.jit
-def row_statistics(
-    row,
+@triton.jit(
+    do_not_specialize=["base_stride", "values_stride", "saved_stride", "term_stride"],
+    do_not_specialize_on_alignment=[
+        *("t_index_ptr", "normalizer_ptr", "base_ptr", "values_ptr", "saved_ptr", "draft_argmax_ptr"),
+        *("target_argmax_ptr", "label_ptr"),
+    ],
+)
+def row_stats_kernel(
     z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr,
     base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
     draft_argmax_ptr, target_argmax_ptr, label_ptr, beta_high, beta_low,
@@ -136,7 +141,9 @@ def row_statistics(
     JSD: tl.constexpr, SKL: tl.constexpr, L1: tl.constexpr, IS_MASS: tl.constexpr,
     ACC: tl.constexpr, TIE: tl.constexpr, EXCESS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the statistics of a row; see `row_stats_kernel`."""
+    """One program per row of z; it is scored against row `t_index[row]` of t, or its own. A term is
+    compiled if its number, its row of values and saved, is not -1."""
+    row = tl.program_id(0).to(tl.int64)
     t_row = row
     if t_index_ptr is not None:
         t_row = tl.load(t_index_ptr + row).to(tl.int64)
@@ -300,31 +307,3 @@ def row_statistics(
             tl.sum(l1, 0) + tl.abs(-expm1(log_pt) - not_q), of_top + rest, of_top * not_q - q * rest,
             nan, supported, 0.0,
         )  # fmt: skip
-
-
-@triton.jit(
-    do_not_specialize=["base_stride", "values_stride", "saved_stride", "term_stride"],
-    do_not_specialize_on_alignment=[
-        *("t_index_ptr", "normalizer_ptr", "base_ptr", "values_ptr", "saved_ptr", "draft_argmax_ptr"),
-        *("target_argmax_ptr", "label_ptr"),
-    ],
-)
-def row_stats_kernel(
-    z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr,
-    base_ptr, base_stride, values_ptr, values_stride, saved_ptr, saved_stride, term_stride,
-    draft_argmax_ptr, target_argmax_ptr, label_ptr, beta_high, beta_low,
-    n_cols, z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high, t_inner_low,
-    rounding,
-    LOG_ACCEPTANCE: tl.constexpr, KL: tl.constexpr, SOFT_CE: tl.constexpr, CE: tl.constexpr, RKL: tl.constexpr,
-    JSD: tl.constexpr, SKL: tl.constexpr, L1: tl.constexpr, IS_MASS: tl.constexpr,
-    ACC: tl.constexpr, TIE: tl.constexpr, EXCESS: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One program per row of z; it is scored against row `t_index[row]` of t, or its own. A term is
-    compiled if its number, its row of values and saved, is not -1."""
-    row_statistics(
-        tl.program_id(0).to(tl.int64),
-        z_ptr, z_row_stride, t_ptr, t_row_stride, t_index_ptr, normalizer_ptr, base_ptr, base_stride, values_ptr,
-        values_stride, saved_ptr, saved_stride, term_stride, draft_argmax_ptr, target_argmax_ptr, label_ptr, beta_high,
-        beta_low, n_cols, z_scale_high, z_scale_low, z_inner_high, z_inner_low, t_scale_high, t_scale_low, t_inner_high,
-        t_inner_low, rounding, LOG_ACCEPTANCE, KL, SOFT_CE, CE, RKL, JSD, SKL, L1, IS_MASS, ACC, TIE, EXCESS, BLOCK_V,
-    )  # fmt: skip

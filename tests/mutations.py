@@ -69,6 +69,7 @@ class Mutation(NamedTuple):
 
 SOFTMAX, STATS, GRAD, LSE = (f"kernels/{x}.py" for x in ("online_softmax", "row_stats", "row_grad", "lse_argmax"))
 LAUNCH, INTERFACE = "kernels/launch.py", "fused_lk/rows/interface.py"
+PASS, ONE_KERNEL = "kernels/row_pass.py", "tests/test_one_kernel.py::test_it_is_that_of_two"
 PLAIN = "fused_lk/rows/plain.py fused_lk/rows/terms.py"
 
 # fmt: off
@@ -192,6 +193,14 @@ KERNELS = [
     Mutation("term", LAUNCH, "terms.index(name) if name in terms", "TERMS.index(name) if name in terms", ORDER_TRITON),
     Mutation("index", LAUNCH, "z.shape[1], rows.first_column", "z.shape[1], 0", BLOCKS_TRITON),
     Mutation("mass", LAUNCH, "rows.normalizer is not None and rows.normalizer.is_mass", "False", "tests/test_kernels.py::test_kernels_agree_with_their_twin[torch.float64-37-False-mass]"),
+    Mutation("sign", PASS, "d_log_alpha = -d *", "d_log_alpha = d *", ONE_KERNEL),
+    Mutation("scale", PASS, "(1.0 - lam)) * alpha", "lam) * alpha", ONE_KERNEL),
+    Mutation("scale", PASS, "kl_scale * tl.exp(", "tl.exp(", ONE_KERNEL),
+    Mutation("scale", PASS, "gain = z_scale * z_inner", "gain = z_scale", ONE_KERNEL),
+    Mutation("mask", PASS, "    if whole < n_cols:", "    if whole > n_cols:", ONE_KERNEL),
+    Mutation("index", PASS, "d * of_rkl, d * of_jsd", "d * of_jsd, d * of_rkl", ONE_KERNEL),
+    Mutation("index", PASS, "labels = label_ptr", "labels = target_argmax_ptr", ONE_KERNEL),
+    Mutation("index", PASS, "kl_weight_ptr + row", "kl_weight_ptr", ONE_KERNEL),
 ]
 
 TWIN = [
@@ -373,14 +382,6 @@ WALKS = [
     Mutation("off by one", "fused_lk/walk/plan.py", "sum(c.stop <= rows for c in chunks)", "sum(c.start <= rows for c in chunks)", "tests/test_keep.py::test_in_a_graph"),
     Mutation("over the budget", "fused_lk/walk/plan.py", "f.kept_bytes(c.stop, c.targets.stop) <= f.keep", "f.kept_bytes(c.start, c.targets.start) <= f.keep", "tests/test_keep.py::test_what_explain_tells"),
     Mutation("offset", "fused_lk/targets/topk.py", "ids = self.draft_ids[rows] - columns.start", "ids = self.draft_ids[rows]", "tests/test_losses.py::test_a_walk_by_vocabulary_in_blocks"),
-    Mutation("sign", "kernels/row_pass.py", "d_log_alpha = -d *", "d_log_alpha = d *", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("scale", "kernels/row_pass.py", "(1.0 - lam)) * alpha", "lam) * alpha", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("scale", "kernels/row_pass.py", "kl_scale * tl.exp(", "tl.exp(", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("scale", "kernels/row_pass.py", "gain = z_scale * z_inner", "gain = z_scale", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("mask", "kernels/row_pass.py", "    if whole < n_cols:", "    if whole > n_cols:", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("index", "kernels/row_pass.py", "d * of_rkl, d * of_jsd", "d * of_jsd, d * of_rkl", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("index", "kernels/row_pass.py", "labels = label_ptr", "labels = target_argmax_ptr", "tests/test_one_kernel.py::test_it_is_that_of_two"),
-    Mutation("index", "kernels/row_pass.py", "kl_weight_ptr + row", "kl_weight_ptr", "tests/test_one_kernel.py::test_it_is_that_of_two"),
     Mutation("sign", "fused_lk/objective.py", "-of.pop(\"tv\")", "of.pop(\"tv\")", CALLS, True),
     Mutation("scale", "fused_lk/objective.py", "(\"tv\", 1.0 - lam)", "(\"tv\", lam)", CALLS),
     Mutation("sign", "fused_lk/objective.py", "torch.exp(-eta * acceptance.detach())", "torch.exp(eta * acceptance.detach())", "tests/test_losses.py::test_every_target_and_work_list[hidden-identity-lambda-plain]"),

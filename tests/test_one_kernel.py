@@ -11,7 +11,7 @@ from fused_lk.objective import Objective
 from fused_lk.rows.interface import MEASURED, TERMS, LogitRows, Normalizer, Transform
 from fused_lk.walk.plan import empty_statistics
 
-SIZE = 301
+SIZE = 301 if launch.INTERPRETED else 10_301  # blocks of columns, and the rest of one
 LOSSES = {
     **{name: {"mix": ((name, 1.0),)} for name in ("kl", "tv", "alpha")},
     "lambda per token": {"mix": (("lambda", 0.7),), "kl_scale": 0.8},
@@ -31,7 +31,7 @@ OPTIONS = {
 @pytest.mark.parametrize("kind", LOSSES)
 def test_it_is_that_of_two(kind, how, dtype, monkeypatch):
     if launch.INTERPRETED:
-        monkeypatch.setattr(launch, "INTERPRETER_BLOCK_V", 128)  # two blocks, and the rest of a third
+        monkeypatch.setattr(launch, "INTERPRETER_BLOCK_V", 128)
     z, t = (x.to(dtype) for x in hard_rows.make("normal", 7, SIZE))
     t[1] = -torch.inf
     rows = LogitRows(z, t, None, None, Transform(), Transform())._replace(**OPTIONS[how])
@@ -60,8 +60,9 @@ def test_it_is_that_of_two(kind, how, dtype, monkeypatch):
     *same, other = results[1]
     for x, y in zip(stats, same, strict=True):
         assert torch.equal(x.nan_to_num(), y.nan_to_num())
-    # The derivatives of the terms are made in another order. Products of them cancel, and half precision rounds last.
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    # The derivatives of the terms are made in another order, and their products cancel. Half precision rounds last, so
+    # that a number may be the next one.
+    rounding = 2.0**-7 if dtype == torch.bfloat16 else 0.0
     allowed = rounding * gradient.abs() + 2.0**-19 * gradient.abs().amax(1, keepdim=True)
     assert ((other - gradient).abs() <= allowed).all()
     assert not other[3].any()  # its weight is 0

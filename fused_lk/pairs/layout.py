@@ -159,7 +159,7 @@ def position_sums(x: Tensor, positions: Tensor | None, num_positions: int) -> Te
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, 0 where the denominator is 0."""
+    """`numerator / denominator` of a finite numerator; 0 where the denominator is 0."""
     return numerator / torch.where(denominator > 0, denominator, math.inf)
 
 
